@@ -1,0 +1,65 @@
+// The CPU kernels' C interface: plain pointers and sizes in, nothing owned, nothing thrown but std::bad_alloc
+// (raised by the callers in dispatch.cpp, never inside a parallel region).
+//
+// Every kernel is compiled once per SIMD level from the same source into its own namespace; dispatch.cpp picks a table.
+// Shapes: B batch, N points, D features, K clusters, H hidden. All matrices are row-major.
+#pragma once
+
+#include <cstdint>
+
+namespace pyfold {
+
+enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
+
+inline constexpr int64_t kPanel = 512;  // feature columns per Gram partial sum: part of the definition of the result
+
+// Clusters as compressed sparse rows: cluster c holds members[offsets[c] .. offsets[c + 1]), in ascending order.
+struct Clusters {
+    int64_t n_clusters;
+    const int64_t* offsets;
+    const int64_t* members;
+};
+
+struct Kernels {
+    // Floats of scratch that `gram` needs for N points.
+    int64_t (*gram_scratch)(int64_t n);
+    // Upper block triangle of gram (N x N) += sum over panels of P Pᵀ. x is (N, D), or (D, N) when `transposed`, with
+    // `ld` elements between rows.
+    void (*gram)(const void* x, DType dtype, int64_t n, int64_t d, int64_t ld, bool transposed, float* gram, float* scratch,
+                 int threads);
+    // Lower triangle <- upper triangle.
+    void (*mirror)(float* gram, int64_t n, int threads);
+    // Greedy Ward on a full symmetric Gram matrix, in height order, until n_clusters are left. Consumes the lower
+    // triangle (Ward costs); the upper one and the diagonal stay. weights: N, becomes the cluster weights.
+    // lo/hi/height: N - K joins; the joined cluster keeps index hi.
+    // scratch_key: N floats; scratch_near: N ints.
+    void (*ward)(float* gram, int64_t n, int64_t n_clusters, double* weights, int64_t* lo, int64_t* hi, double* height,
+                 float* scratch_key, int64_t* scratch_near, int threads);
+    // out[c] = sum over members of w_i * row_i, for one list of members.
+    void (*sum_rows)(const float* gram, int64_t n, const int64_t* members, int64_t count, const double* weights, double* out,
+                     int threads);
+    // out[c] = sum over j in c of w_j row[j]; `order` sorts the columns by cluster, offsets[K + 1] delimits them.
+    void (*segment_sum)(const float* row, const Clusters& clusters, const double* weights, double* out);
+    // Cheapest cluster for a point of weight w to enter: min over c != own of w W_c / (W_c + w) d²(i, c).
+    void (*cheapest)(const double* sums, const double* total, const double* weight, int64_t n_clusters, int64_t own,
+                     double self, double w, double* cost, int64_t* target);
+    // Weighted mean of each cluster's rows: x (N, D) -> out (K, D). weights may be null.
+    void (*merge_rows)(const void* x, DType in, int64_t d, int64_t ld, const Clusters& clusters, const double* weights,
+                       void* out, DType to, int threads);
+    // Sum of each cluster's scaled columns: x (H, N) -> out (H, K). scale may be null. scratch: threads * (N + K) floats.
+    void (*merge_columns)(const void* x, DType in, int64_t h, int64_t n, int64_t ld, const Clusters& clusters,
+                          const float* scale, void* out, DType to, float* scratch, int threads);
+    // Index of the first NaN or infinity in x, or -1.
+    int64_t (*first_nonfinite)(const void* x, DType dtype, int64_t count, int threads);
+};
+
+namespace baseline { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+
+// The table of a SIMD level by name ("baseline", "avx2", "avx512"), or null where this build or this CPU lacks it.
+const Kernels* kernels_for(const char* level);
+// The best level that this build and this CPU have.
+const char* best_level();
+
+}  // namespace pyfold

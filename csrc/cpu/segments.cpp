@@ -1,0 +1,50 @@
+// The inner loops of Hartigan's refinement: sums of Gram entries by cluster, in fp64.
+#include "simd.h"
+
+namespace pyfold {
+namespace PYFOLD_SIMD {
+
+void sum_rows(const float* g, int64_t n, const int64_t* members, int64_t count, const double* weights, double* out,
+              int threads) {
+    constexpr int64_t kChunk = 2048;
+#pragma omp parallel for num_threads(threads) schedule(static) if (n * count > 65536)
+    for (int64_t begin = 0; begin < n; begin += kChunk) {
+        const int64_t end = min_of(begin + kChunk, n);
+        for (int64_t j = begin; j < end; j++) out[j] = 0;
+        for (int64_t m = 0; m < count; m++) {
+            const float* row = g + members[m] * n;
+            const double w = weights[members[m]];
+            for (int64_t j = begin; j < end; j++) out[j] += w * row[j];
+        }
+    }
+}
+
+void segment_sum(const float* row, const Clusters& clusters, const double* weights, double* out) {
+    for (int64_t c = 0; c < clusters.n_clusters; c++) {
+        double sum = 0;
+        for (int64_t m = clusters.offsets[c]; m < clusters.offsets[c + 1]; m++)
+            sum += weights[clusters.members[m]] * row[clusters.members[m]];
+        out[c] = sum;
+    }
+}
+
+void cheapest(const double* sums, const double* total, const double* weight, int64_t n_clusters, int64_t own, double self,
+              double w, double* cost, int64_t* target) {
+    double best = __builtin_inf();
+    int64_t at = -1;
+    for (int64_t c = 0; c < n_clusters; c++) {
+        const double mean = 1.0 / weight[c];
+        double distance = self - 2.0 * sums[c] * mean + total[c] * mean * mean;
+        distance = distance > 0 ? distance : 0;
+        const double entry = w * weight[c] / (weight[c] + w) * distance;
+        if (entry < best && c != own) {
+            best = entry;
+            at = c;
+        }
+    }
+    *cost = best;
+    *target = at;
+}
+
+}  // namespace PYFOLD_SIMD
+}  // namespace pyfold

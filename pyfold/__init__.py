@@ -1,0 +1,36 @@
+"""pyfold: model folding, streamed. Cluster similar units, merge them, write a smaller checkpoint that loads everywhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from pyfold.clustering import Clustering as Clustering
+    from pyfold.clustering import cluster as cluster
+    from pyfold.evaluate import perplexity as perplexity
+    from pyfold.ops import merge_columns as merge_columns
+    from pyfold.ops import merge_rows as merge_rows
+    from pyfold.pipeline import fold_checkpoint as fold_checkpoint
+    from pyfold.report import FoldReport as FoldReport
+
+_HOME = {
+    "Clustering": "clustering",
+    "FoldReport": "report",
+    "cluster": "clustering",
+    "fold_checkpoint": "pipeline",
+    "merge_columns": "ops",
+    "merge_rows": "ops",
+    "perplexity": "evaluate",
+}
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    # Importing torch takes seconds; `pyfold --help` and `pyfold inspect` do not need it.
+    if name in _HOME:
+        from importlib import import_module
+
+        return getattr(import_module(f"pyfold.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'pyfold' has no attribute '{name}'")

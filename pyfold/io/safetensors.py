@@ -1,0 +1,219 @@
+"""Safetensors files by position: headers without data, one tensor at a time in, tensors in any order out.
+
+The ``safetensors`` package maps files (mapped pages count in the peak memory) and writes only from memory, a shard at a time;
+this module reads and writes at offsets, so neither end holds more than the tensors in hand. Needs no torch for headers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyfold.errors import PyfoldError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ITEM_SIZE = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+    "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+_TORCH_NAME = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "U16": "uint16", "U32": "uint32", "U64": "uint64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+# The safetensors package refuses larger headers.
+_MAX_HEADER = 100_000_000
+# Linux transfers at most 2 GiB - 4 KiB a call.
+_MAX_TRANSFER = 1 << 30
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor's place: file, dtype (safetensors' name), shape, and absolute byte range."""
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def n_parameters(self) -> int:
+        return prod(self.shape)
+
+
+def torch_dtype(name: str) -> Any:
+    """torch's dtype of a safetensors dtype name."""
+    import torch
+
+    return getattr(torch, _TORCH_NAME[name])
+
+
+def dtype_name(dtype: Any) -> str:
+    """The safetensors name of a torch dtype."""
+    return next(name for name, torch_name in _TORCH_NAME.items() if str(dtype) == f"torch.{torch_name}")
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a file, in file order; no data is read.
+
+    Raises
+    ------
+    PyfoldError
+        If the file is no whole, well-formed safetensors file; names the file and, where there is one, the tensor.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER
+        if length > min(_MAX_HEADER, size - 8):
+            raise PyfoldError(f"{path}: not a safetensors file, or cut short in its header; download it again")
+        blob = file.read(length)
+    try:
+        header = json.loads(blob.decode("utf-8"))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        tensors = {
+            name: TensorInfo(
+                name,
+                path,
+                str(entry["dtype"]),
+                tuple(int(extent) for extent in entry["shape"]),
+                8 + length + int(entry["data_offsets"][0]),
+                8 + length + int(entry["data_offsets"][1]),
+            )
+            for name, entry in entries.items()
+        }
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise PyfoldError(f"{path}: corrupt safetensors header ({type(error).__name__}: {error}); download it again") from None
+    for info in tensors.values():
+        if info.dtype not in ITEM_SIZE:
+            raise PyfoldError(f"{path}: tensor '{info.name}' has the dtype {info.dtype}, which pyfold does not know")
+        if info.end > size:
+            raise PyfoldError(f"{path}: cut short: tensor '{info.name}' ends at byte {info.end} of {size}; download it again")
+        if min(info.shape, default=0) < 0 or info.begin < 8 + length or info.nbytes != info.n_parameters * ITEM_SIZE[info.dtype]:
+            raise PyfoldError(f"{path}: corrupt safetensors header: tensor '{info.name}' has {info.nbytes} bytes for shape {list(info.shape)}")
+    return tensors
+
+
+def read_bytes(file: int, path: Path, offset: int, buffer: memoryview) -> None:
+    """Fill ``buffer`` from ``offset`` of an open file."""
+    done = 0
+    while done < len(buffer):
+        got = os.preadv(file, [buffer[done : done + _MAX_TRANSFER]], offset + done)
+        if got == 0:
+            raise PyfoldError(f"{path}: cut short while it was being read, at byte {offset + done}")
+        done += got
+
+
+class Reader:
+    """Tensors of many files by position. Files are opened on first use; close() or a ``with`` block closes them."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, int] = {}
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+    def read(self, info: TensorInfo) -> Tensor:
+        """One tensor, in memory of its own."""
+        import torch
+
+        tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+        if info.nbytes:
+            read_bytes(self._open(info.path), info.path, info.begin, as_bytes(tensor))
+        return tensor
+
+    def chunks(self, info: TensorInfo, size: int = 1 << 24) -> Iterator[tuple[int, Tensor]]:
+        """(element offset, flat piece) of a tensor, reusing one buffer of at most ``size`` bytes."""
+        import torch
+
+        dtype = torch_dtype(info.dtype)
+        item = ITEM_SIZE[info.dtype]
+        buffer = torch.empty(min(size // item, info.n_parameters), dtype=dtype)
+        for at in range(0, info.n_parameters, max(1, len(buffer))):
+            piece = buffer[: min(len(buffer), info.n_parameters - at)]
+            read_bytes(self._open(info.path), info.path, info.begin + at * item, as_bytes(piece))
+            yield at, piece
+
+    def _open(self, path: Path) -> int:
+        if path not in self._files:
+            self._files[path] = os.open(path, os.O_RDONLY)
+        return self._files[path]
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    import torch
+
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+class Shard:
+    """One output file with a layout fixed in advance; tensors are written in any order, whole or in pieces."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        """Create ``path`` with the header for ``tensors``: name -> (safetensors dtype, shape)."""
+        self.path = path
+        # Widest items first, as the safetensors package does, so that every tensor is aligned.
+        order = sorted(tensors, key=lambda name: -ITEM_SIZE[tensors[name][0]])
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for name in order:
+            dtype, shape = tensors[name]
+            end = at + prod(shape) * ITEM_SIZE[dtype]
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+            at = end
+        blob = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        blob += b" " * (-len(blob) % 8)
+        self._begin = {name: 8 + len(blob) + header[name]["data_offsets"][0] for name in order}
+        self._left = {name: header[name]["data_offsets"][1] - header[name]["data_offsets"][0] for name in order}
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            self._write(memoryview(struct.pack("<Q", len(blob)) + blob), 0)
+            os.truncate(self._file, 8 + len(blob) + at)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def write(self, name: str, tensor: Tensor, offset: int = 0) -> None:
+        """Write ``tensor`` as the bytes of ``name`` from byte ``offset`` of it on."""
+        data = as_bytes(tensor)
+        self._write(data, self._begin[name] + offset)
+        self._left[name] -= len(data)
+
+    @property
+    def complete(self) -> bool:
+        return not any(self._left.values())
+
+    def close(self, *, sync: bool) -> None:
+        try:
+            if sync:
+                os.fsync(self._file)
+        finally:
+            os.close(self._file)
+
+    def _write(self, data: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._file, data[done : done + _MAX_TRANSFER], offset + done)
