@@ -1,0 +1,3 @@
+from pyfold.cli import main
+
+raise SystemExit(main())

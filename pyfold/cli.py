@@ -1,0 +1,239 @@
+"""The command line. Exit codes: 0 done, 1 an I/O failure, 2 bad input (one line says what, where, what to do), 130 Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyfold import __version__
+from pyfold.errors import PyfoldError
+
+if TYPE_CHECKING:
+    from pyfold.pipeline import Progress
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        args.run(args)
+        sys.stdout.flush()
+        return 0
+    except (PyfoldError, ValueError, TypeError) as error:
+        if not isinstance(error, PyfoldError) and args.debug:
+            raise
+        print(f"pyfold: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"pyfold: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("pyfold: interrupted; the destination is as it was", file=sys.stderr)
+        return 130
+
+
+def _fold(args: argparse.Namespace) -> None:
+    from pyfold.pipeline import fold_checkpoint
+    from pyfold.report import summary
+
+    with _progress_bar(args, "B") as progress:
+        report = fold_checkpoint(
+            args.source,
+            args.destination,
+            ratio=args.ratio,
+            width=args.width,
+            layers=args.layers,
+            multiple_of=args.multiple_of,
+            dtype=args.dtype,
+            max_shard_size=args.max_shard_size,
+            overwrite=args.overwrite,
+            backend=args.backend,
+            progress=progress,
+        )
+    if args.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif not args.quiet:
+        print(summary(report))
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from pyfold.families import family_of
+    from pyfold.io.checkpoint import open_checkpoint
+    from pyfold.plan import make_plan
+
+    checkpoint = open_checkpoint(args.source)
+    family = family_of(checkpoint)
+    groups = family.fold_groups(checkpoint)
+    plan = make_plan(
+        checkpoint,
+        groups,
+        ratio=None if args.width else args.ratio,
+        width=args.width,
+        layers=args.layers,
+        multiple_of=args.multiple_of,
+        dtype="keep",
+        max_shard_size="5GB",
+    )
+    folded = {group.name: width for group, width in plan.groups}
+    rows = []
+    for group in groups:
+        before = sum(checkpoint.tensors[name].n_parameters for name in group.tensors)
+        after = sum(prod(plan.tensors[name][1]) for name in group.tensors)
+        rows.append(
+            {
+                "group": group.name,
+                "width": group.width,
+                "parameters": before,
+                "folded_width": folded.get(group.name, group.width),
+                "folded_parameters": after,
+            }
+        )
+    result: dict[str, Any] = {
+        "source": str(checkpoint.path),
+        "architecture": family.model_type,
+        "dtypes": sorted({info.dtype for info in checkpoint.tensors.values()}),
+        "files": len({info.path for info in checkpoint.tensors.values()}),
+        "bytes": checkpoint.nbytes,
+        "parameters": checkpoint.n_parameters,
+        "folded_parameters": plan.n_parameters,
+        "profile": "stock" if plan.uniform else "per-layer",
+        "notes": plan.notes,
+        "groups": rows,
+    }
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(f"{result['source']}: {family.model_type}, {', '.join(result['dtypes'])}, {result['files']} files, {checkpoint.nbytes:,} bytes")
+    print(f"{'group':<16}{'width':>7}{'parameters':>14}{'folded':>8}{'parameters':>14}")
+    for row in rows:
+        print(f"{row['group']:<16}{row['width']:>7}{row['parameters']:>14,}{row['folded_width']:>8}{row['folded_parameters']:>14,}")
+    other = checkpoint.n_parameters - sum(row["parameters"] for row in rows)
+    print(f"{'other weights':<16}{'':>7}{other:>14,}{'':>8}{other:>14,}")
+    removed = 1 - plan.n_parameters / checkpoint.n_parameters
+    print(f"{'all':<16}{'':>7}{checkpoint.n_parameters:>14,}{'':>8}{plan.n_parameters:>14,}  {removed:.2%} removed")
+    for note in plan.notes:
+        print(f"note: {note}")
+    print(f"profile of the result: {result['profile']}")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from pyfold.evaluate import perplexity
+
+    text = None
+    if args.text:
+        try:
+            text = Path(args.text).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise PyfoldError(f"{args.text}: not UTF-8 text ({error})") from None
+    with _progress_bar(args, "tok") as progress:
+        result = perplexity(args.source, text=text, max_tokens=args.tokens, context=args.context, progress=progress)
+    if args.json:
+        print(json.dumps({"source": str(args.source), **vars(result)}, indent=2))
+    else:
+        print(f"perplexity {result.perplexity:.4f} over {result.n_tokens} tokens, context {result.context}: {args.source}")
+
+
+@contextmanager
+def _progress_bar(args: argparse.Namespace, unit: str) -> Iterator[Progress | None]:
+    """A bar on stderr with rate and ETA; none for --quiet, --json or where stderr is no terminal."""
+    if args.quiet or args.json or not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit=unit, unit_scale=True, dynamic_ncols=True, leave=False) as bar:
+
+        def show(done: int, total: int, what: str) -> None:
+            bar.total = total
+            bar.set_description(what, refresh=False)
+            bar.update(done - bar.n)
+            bar.refresh()
+
+        yield show
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pyfold",
+        description="Make a trained network smaller without data or fine-tuning: fold similar units into one.",
+        epilog="Exit codes: 0 done, 1 an I/O failure, 2 bad input, 130 interrupted. `pyfold COMMAND --help` explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"pyfold {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    fold = commands.add_parser(
+        "fold",
+        help="fold a checkpoint and write a smaller one",
+        description="Fold the feed-forward layers of SRC and write the result to DST. All layers folded to one width: DST is an "
+        "ordinary checkpoint of the same architecture. Otherwise each layer's width is in config.json and DST loads with "
+        "trust_remote_code=True.",
+        epilog="Example: pyfold fold ./model ./model-folded --ratio 0.2 --layers 14-17",
+    )
+    fold.add_argument("source", metavar="SRC", help="checkpoint folder (safetensors) or Hugging Face model id")
+    fold.add_argument("destination", metavar="DST", help="folder to write; must be absent or empty")
+    _width_options(fold, required=True)
+    fold.add_argument("--dtype", default="keep", help="keep (default), float32, float16 or bfloat16")
+    fold.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights, as in 5GB (default)")
+    fold.add_argument("--overwrite", action="store_true", help="replace the checkpoint at DST once the new one is complete")
+    fold.add_argument("--backend", default="auto", help="auto (default), cpu, cpu:LEVEL (avx512, avx2, baseline) or reference")
+    _common_options(fold)
+    fold.set_defaults(run=_fold)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what can be folded; reads headers only",
+        description="Show the architecture of SRC, its fold groups and their widths and parameters, and what a fold would leave.",
+        epilog="Example: pyfold inspect ./model --ratio 0.2 --multiple-of 256",
+    )
+    inspect.add_argument("source", metavar="SRC", help="checkpoint folder (safetensors) or Hugging Face model id")
+    _width_options(inspect, required=False)
+    _common_options(inspect)
+    inspect.set_defaults(run=_inspect)
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure perplexity",
+        description="Perplexity of SRC by sliding window, in fp32 on the CPU through transformers.",
+        epilog="Example: pyfold eval ./model --text wiki.txt --tokens 16384",
+    )
+    evaluate.add_argument("source", metavar="SRC", help="checkpoint folder or Hugging Face model id")
+    evaluate.add_argument("--text", metavar="FILE", help="UTF-8 text; by default the documentation topics that ship with Python")
+    evaluate.add_argument("--tokens", type=int, metavar="N", help="use the first N tokens of the text (default: all)")
+    evaluate.add_argument("--context", type=int, default=1024, metavar="N", help="tokens a window (default 1024), half of them new")
+    _common_options(evaluate)
+    evaluate.set_defaults(run=_eval)
+    return parser
+
+
+def _width_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    width = parser.add_mutually_exclusive_group(required=required)
+    default = None if required else 0.2
+    width.add_argument(
+        "--ratio",
+        type=float,
+        default=default,
+        metavar="R",
+        help="share of the units of each folded group to remove, 0 <= R < 1" + ("" if required else " (default 0.2)"),
+    )
+    width.add_argument("--width", type=int, metavar="K", help="units to keep in each folded group, instead of --ratio")
+    parser.add_argument("--layers", metavar="LIST", help="layers to fold, as in 5-27 or 0,2,5-9 (default: all)")
+    parser.add_argument("--multiple-of", type=int, metavar="M", help="round each width to the nearest multiple of M")
+
+
+def _common_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, and for fold no summary")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)

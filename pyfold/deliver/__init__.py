@@ -1,0 +1,1 @@
+"""The files around the folded weights that make a result load: one module per format."""

@@ -1,0 +1,167 @@
+"""A Hugging Face folder: config.json patched as JSON, the modeling file of a per-layer result, index, model card, pyfold.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pyfold import __version__
+from pyfold.errors import PyfoldError
+from pyfold.families import Family
+from pyfold.io.checkpoint import Checkpoint
+from pyfold.plan import Plan
+from pyfold.report import GroupReport, how_to_load
+
+MODELING = "modeling_pyfold.py"
+_MODELING_TEMPLATE = '''"""{prefix} with a feed-forward width per layer, from `per_layer_config` in config.json. Written by pyfold."""
+
+from transformers import {prefix}ForCausalLM, {prefix}Model
+from transformers.models.{model_type}.modeling_{model_type} import {prefix}MLP
+
+
+class PerLayerWidths:
+    def __init__(self, config):
+        layer_configs, overrides = list(config.per_layer_config), config.to_dict()["per_layer_config"]
+        config.per_layer_config = None  # the base class reads one width
+        super().__init__(config)
+        config.per_layer_config = overrides
+        for layer, layer_config in zip(self.base_model.layers, layer_configs):
+            layer.mlp = {prefix}MLP(layer_config)
+        self.post_init()
+
+
+class Folded{prefix}Model(PerLayerWidths, {prefix}Model):
+    pass
+
+
+class Folded{prefix}ForCausalLM(PerLayerWidths, {prefix}ForCausalLM):
+    pass
+'''
+
+
+def modeling_file(family: Family) -> str:
+    """The modeling file of a per-layer result."""
+    return _MODELING_TEMPLATE.format(prefix=family.class_prefix, model_type=family.model_type)
+
+
+def has_own_modeling_file(folder: Path, families: dict[str, Family]) -> bool:
+    """Whether the only custom code that a folder's config names is one that pyfold wrote, byte for byte."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = (folder / MODELING).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    modules = {str(target).partition(".")[0] + ".py" for target in config.get("auto_map", {}).values()}
+    return modules == {MODELING} and text in {modeling_file(family) for family in families.values()}
+
+
+def patched_config(checkpoint: Checkpoint, family: Family, plan: Plan, dtype: str) -> dict[str, Any]:
+    """The source's config with the new widths, and nothing else changed."""
+    config = dict(checkpoint.config)
+    width_key = plan.groups[0][0].width_key
+    overrides = {int(layer): dict(values) for layer, values in (config.pop("per_layer_config", None) or {}).items()}
+    for values in overrides.values():
+        values.pop(width_key, None)
+    if plan.uniform:
+        config[width_key] = plan.widths[0]
+    else:
+        for layer, width in plan.widths.items():
+            if width != config[width_key]:
+                overrides.setdefault(layer, {})[width_key] = width
+    overrides = {layer: values for layer, values in sorted(overrides.items()) if values}
+    own = f"Folded{family.class_prefix}"
+    if overrides:
+        config["per_layer_config"] = {str(layer): values for layer, values in overrides.items()}
+        config["architectures"] = [f"{own}ForCausalLM"]
+        module = MODELING.removesuffix(".py")
+        config["auto_map"] = {"AutoModel": f"{module}.{own}Model", "AutoModelForCausalLM": f"{module}.{own}ForCausalLM"}
+    elif config.get("architectures") == [f"{own}ForCausalLM"]:  # a per-layer source folded to one width
+        config["architectures"] = [f"{family.class_prefix}ForCausalLM"]
+        del config["auto_map"]
+    if dtype != "keep":
+        config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    return config
+
+
+def index(plan: Plan) -> dict[str, Any]:
+    """model.safetensors.index.json."""
+    return {
+        "metadata": {"total_parameters": plan.n_parameters, "total_size": plan.nbytes},
+        "weight_map": {name: shard for shard, names in plan.shards.items() for name in names},
+    }
+
+
+def identity(
+    checkpoint: Checkpoint, plan: Plan, options: dict[str, Any], backend: str, groups: list[GroupReport], hashes: dict[str, str]
+) -> dict[str, Any]:
+    """pyfold.json: everything needed to make the same bytes again, and nothing that depends on time, machine or path."""
+    return {
+        "pyfold_version": __version__,
+        "method": {"metric": "weight", "clustering": "ward+hartigan", "merge": "mean rows, summed columns"},
+        "backend": backend,
+        "profile": "stock" if plan.uniform else "per-layer",
+        "options": options,
+        "groups": [vars(group) for group in groups],
+        "parameters": {"before": checkpoint.n_parameters, "after": plan.n_parameters},
+        "source_sha256": {name: hashes[name] for name in checkpoint.tensors},
+    }
+
+
+def model_card(
+    checkpoint: Checkpoint, family: Family, plan: Plan, options: dict[str, Any], groups: list[GroupReport], license: Any
+) -> str:
+    """README.md with front matter, recipe and a table of the layers."""
+    profile = "stock" if plan.uniform else "per-layer"
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["pyfold", "model-folding"]}
+    if checkpoint.hub_id:
+        front["base_model"] = checkpoint.hub_id
+    if license:
+        front["license"] = license
+    # JSON values are YAML values, so no YAML writer is needed.
+    lines = ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()), "---", ""]
+    removed = 1 - plan.n_parameters / checkpoint.n_parameters
+    lines += [
+        f"# Folded {checkpoint.hub_id or family.class_prefix + ' model'}",
+        "",
+        f"{removed:.2%} of the parameters removed by model folding with [pyfold](https://pypi.org/project/pyfold/) "
+        f"{__version__}: {checkpoint.n_parameters:,} -> {plan.n_parameters:,}. No data, no fine-tuning.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"model = {how_to_load('PATH', profile)}",
+        "```",
+        "",
+        "## Recipe",
+        "",
+        "```json",
+        json.dumps(options, indent=2),
+        "```",
+        "",
+        "Feed-forward units are clustered on their weights (Ward, then Hartigan's refinement); each cluster's gate and up rows "
+        "are averaged and its down columns summed.",
+        "",
+        "| group | width | folded | inertia, share of total |",
+        "|---|---|---|---|",
+        *(
+            f"| {group.name} | {group.width} | {group.folded_width} | {group.inertia / (group.total_inertia or 1):.4f} |"
+            for group in groups
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def source_license(checkpoint: Checkpoint) -> Any:
+    """The licence in the front matter of the source's model card, if it has one."""
+    card = checkpoint.path / "README.md"
+    if not card.is_file():
+        return None
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    try:
+        return (metadata_load(card) or {}).get("license")
+    except (YAMLError, ValueError, AttributeError) as error:
+        raise PyfoldError(f"{card}: its front matter is not valid YAML ({str(error).splitlines()[0]}); mend or remove it") from None

@@ -1,0 +1,61 @@
+"""What a family says about a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from pyfold.io.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class FoldGroup:
+    """The tensors that share one hidden dimension of ``width`` units.
+
+    Attributes
+    ----------
+    name : str
+        What people call it: ``layers.5.mlp``.
+    layer : int
+    width : int
+        N, the number of units.
+    width_key : str
+        The config field that holds the width.
+    producers : tuple of str
+        Tensors (N, D) whose rows are the units.
+    consumers : tuple of str
+        Tensors (H, N) whose columns read the units.
+    riders : tuple of str
+        Vectors (N,) with one value per unit: biases.
+    """
+
+    name: str
+    layer: int
+    width: int
+    width_key: str
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    riders: tuple[str, ...]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return self.producers + self.consumers + self.riders
+
+    def shape_at(self, width: int, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a member tensor once the group has ``width`` units."""
+        return (shape[0], width) if name in self.consumers else (width, *shape[1:])
+
+
+class Family(Protocol):
+    """One architecture."""
+
+    @property
+    def model_type(self) -> str:
+        """``model_type`` in config.json."""
+
+    @property
+    def class_prefix(self) -> str:
+        """Of its classes in transformers: ``Llama`` for LlamaForCausalLM, LlamaModel, LlamaMLP."""
+
+    def fold_groups(self, checkpoint: Checkpoint) -> list[FoldGroup]:
+        """Every fold group of a checkpoint, in layer order; shapes checked against config.json."""

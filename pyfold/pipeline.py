@@ -1,0 +1,280 @@
+"""The fold, start to finish: checkpoint -> fold groups -> Gram matrix -> clusters -> merge -> new checkpoint.
+
+One group is in memory at a time; every other tensor streams through in pieces. The peak does not depend on the number of layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyfold import __version__, ops
+from pyfold.clustering import cluster
+from pyfold.deliver import huggingface
+from pyfold.errors import PyfoldError
+from pyfold.families import FoldGroup, family_of
+from pyfold.io.checkpoint import INDEX, Checkpoint, open_checkpoint
+from pyfold.io.destination import Destination
+from pyfold.io.safetensors import ITEM_SIZE, Reader, Shard, TensorInfo, as_bytes, torch_dtype
+from pyfold.plan import Plan, make_plan
+from pyfold.report import FoldReport, GroupReport, peak_rss_bytes
+
+# done, total, what: called as work proceeds, in bytes of source weights.
+Progress = Callable[[int, int, str], None]
+
+
+def fold_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    ratio: float | None = None,
+    width: int | None = None,
+    layers: str | Iterable[int] | None = None,
+    multiple_of: int | None = None,
+    dtype: str = "keep",
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    backend: str = "auto",
+    progress: Progress | None = None,
+) -> FoldReport:
+    """Fold the feed-forward layers of a checkpoint and write a smaller one.
+
+    Parameters
+    ----------
+    src : str or Path
+        A checkpoint folder (safetensors) or a Hugging Face model id.
+    dst : str or Path
+        Folder to write; must be absent or empty unless ``overwrite``.
+    ratio : float, optional
+        Share of the units of each folded group to remove, in [0, 1): K = floor((1 - ratio) N).
+    width : int, optional
+        Instead of ``ratio``: units to keep in each folded group.
+    layers : str or iterable of int, optional
+        Layers to fold, as in ``"5-27"`` or ``"0,2,5-9"``; all by default.
+    multiple_of : int, optional
+        Round each width to the nearest multiple.
+    dtype : str
+        ``keep``, ``float32``, ``float16`` or ``bfloat16`` for every floating-point tensor of the result.
+    max_shard_size : int or str
+        Largest file of weights, as in ``"5GB"``.
+    overwrite : bool
+        Replace a checkpoint at ``dst``; the old one survives until the new one is complete.
+    backend : str
+        ``auto``, or a name from :func:`pyfold.ops.backends`.
+    progress : callable, optional
+        Called as ``progress(bytes_done, bytes_total, what)``.
+
+    Returns
+    -------
+    FoldReport
+
+    Raises
+    ------
+    PyfoldError
+        A ValueError: for a bad option or a bad source, in one line that names file and tensor. ``dst`` is then untouched.
+    OSError
+        If reading or writing fails. ``dst`` is then untouched.
+
+    Notes
+    -----
+    Features of unit i: its gate and up rows, their biases, its down column. Clusters: :func:`pyfold.cluster`. Merge: rows are
+    averaged, columns summed (Wang et al., "Forget the Data and Fine-Tuning! Just Fold the Network to Compress", ICLR 2025).
+    The bytes of the result depend on the weights, the options, the backend and its SIMD level alone.
+    """
+    started = time.perf_counter()
+    checkpoint = open_checkpoint(src)
+    family = family_of(checkpoint)
+    plan = make_plan(
+        checkpoint,
+        family.fold_groups(checkpoint),
+        ratio=ratio,
+        width=width,
+        layers=layers,
+        multiple_of=multiple_of,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+    )
+    backend = ops.resolve(backend)
+    license = huggingface.source_license(checkpoint)
+    options = {
+        "ratio": None if ratio is None else float(ratio),
+        "width": width,
+        "layers": [group.layer for group, _ in plan.groups],
+        "multiple_of": multiple_of,
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+    }
+    with Destination(Path(dst), checkpoint.path, overwrite=overwrite, n_bytes=plan.nbytes) as stage:
+        groups, hashes = _write_weights(checkpoint, plan, stage, backend, progress)
+        for file in checkpoint.companions():
+            shutil.copyfile(file, stage.partial / file.name)
+        if not plan.uniform:
+            stage.write_text(huggingface.MODELING, huggingface.modeling_file(family))
+        if len(plan.shards) > 1:
+            stage.write_text(INDEX, _json(huggingface.index(plan)))
+        stage.write_text("README.md", huggingface.model_card(checkpoint, family, plan, options, groups, license))
+        stage.write_text("pyfold.json", _json(huggingface.identity(checkpoint, plan, options, backend, groups, hashes)))
+        stage.write_text("config.json", _json(huggingface.patched_config(checkpoint, family, plan, dtype)))
+        report = FoldReport(
+            path=Path(dst),
+            profile="stock" if plan.uniform else "per-layer",
+            backend=backend,
+            groups=groups,
+            parameters_before=checkpoint.n_parameters,
+            parameters_after=plan.n_parameters,
+            bytes_before=checkpoint.nbytes,
+            bytes_after=plan.nbytes,
+            notes=plan.notes,
+            seconds=time.perf_counter() - started,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+        stage.write_text("pyfold-run.json", _json(_run_record(checkpoint, report)))
+        stage.commit()
+    return report
+
+
+def _write_weights(
+    checkpoint: Checkpoint, plan: Plan, stage: Destination, backend: str, progress: Progress | None
+) -> tuple[list[GroupReport], dict[str, str]]:
+    """Fold every planned group and copy every other tensor. Returns the groups' reports and the source tensors' hashes."""
+    reports: list[GroupReport] = []
+    hashes: dict[str, str] = {}
+    folded = {name for group, _ in plan.groups for name in group.tensors}
+    done = 0
+    with ExitStack() as stack:
+        reader = stack.enter_context(Reader())
+        writer = stack.enter_context(_Writer(stage.partial, plan))
+        for group, k in plan.groups:
+            members = {name: checkpoint.tensors[name] for name in group.tensors}
+            if progress:
+                progress(done, checkpoint.nbytes, group.name)
+            reports.append(_fold_group(group, k, members, reader, writer, hashes, backend))
+            done += sum(info.nbytes for info in members.values())
+        for name, info in checkpoint.tensors.items():
+            if name not in folded:
+                if progress:
+                    progress(done, checkpoint.nbytes, "other weights")
+                _copy(info, reader, writer, hashes, backend)
+                done += info.nbytes
+        if progress:
+            progress(done, checkpoint.nbytes, "done")
+    return reports, hashes
+
+
+def _fold_group(
+    group: FoldGroup, k: int, members: dict[str, TensorInfo], reader: Reader, writer: _Writer, hashes: dict[str, str], backend: str
+) -> GroupReport:
+    """Read a group once, cluster its units, write its members merged."""
+    gram = torch.empty((group.width, group.width), dtype=torch.float32)
+    weights: dict[str, Tensor] = {}
+    # In the group's own order, which fixes the order of summation whatever the shard layout.
+    for i, (name, info) in enumerate(members.items()):
+        weight = weights[name] = reader.read(info)
+        hashes[name] = hashlib.sha256(as_bytes(weight)).hexdigest()
+        _check_finite(info, weight, 0, backend)
+        matrix = weight.unsqueeze(1) if weight.dim() == 1 else weight
+        ops.gram(matrix, out=gram, accumulate=i > 0, transposed=name in group.consumers, backend=backend)
+    try:
+        clusters = cluster(gram=gram, n_clusters=k, overwrite_gram=True, backend=backend)
+    except ValueError as error:
+        raise PyfoldError(f"{members[group.producers[0]].path}: {group.name} cannot be clustered: {error}") from None
+    for name, info in members.items():
+        merge = ops.merge_columns if name in group.consumers else ops.merge_rows
+        merged = merge(weights.pop(name), clusters.labels, k, dtype=writer.dtype(name), backend=backend)
+        _check_finite(info, merged, 0, backend, "folded")
+        writer.write(name, merged)
+    return GroupReport(
+        name=group.name,
+        layer=group.layer,
+        width=group.width,
+        folded_width=k,
+        inertia=clusters.inertia,
+        ward_inertia=clusters.ward_inertia,
+        total_inertia=clusters.total_inertia,
+        n_moves=clusters.n_moves,
+        n_singletons=int((torch.bincount(clusters.labels) == 1).sum()),
+    )
+
+
+def _copy(info: TensorInfo, reader: Reader, writer: _Writer, hashes: dict[str, str], backend: str) -> None:
+    """Stream a tensor outside every folded group through, in pieces."""
+    digest = hashlib.sha256()
+    for at, piece in reader.chunks(info):
+        digest.update(as_bytes(piece))
+        to = writer.dtype(info.name)
+        _check_finite(info, piece, at, backend)
+        if to != piece.dtype:
+            piece = piece.to(to)
+            _check_finite(info, piece, at, backend, f"as {to}")
+        writer.write(info.name, piece, at)
+    hashes[info.name] = digest.hexdigest()
+
+
+def _check_finite(info: TensorInfo, values: Tensor, at: int, backend: str, what: str = "") -> None:
+    if values.dtype not in ops.FLOATS:
+        return
+    bad = ops.first_nonfinite(values, backend=backend)
+    if bad is not None:
+        value = values.flatten()[bad].item()
+        raise PyfoldError(f"{info.path}: tensor '{info.name}' holds {value} {what or 'in the source'} at element {at + bad}")
+
+
+class _Writer:
+    """The planned output shards, open until each is complete."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self._plan = plan
+        self._shard_of = {name: shard for shard, names in plan.shards.items() for name in names}
+        self._folder = folder
+        self._open: dict[str, Shard] = {}
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        for shard in self._open.values():
+            shard.close(sync=False)
+        if kind is None:
+            assert not self._open, f"shards left incomplete: {sorted(self._open)}"
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch_dtype(self._plan.tensors[name][0])
+
+    def write(self, name: str, tensor: Tensor, at: int = 0) -> None:
+        """Write a tensor, or the piece of it that starts at element ``at``."""
+        shard_name = self._shard_of[name]
+        if shard_name not in self._open:
+            layout = {member: self._plan.tensors[member] for member in self._plan.shards[shard_name]}
+            self._open[shard_name] = Shard(self._folder / shard_name, layout)
+        shard = self._open[shard_name]
+        shard.write(name, tensor, at * ITEM_SIZE[self._plan.tensors[name][0]])
+        if shard.complete:
+            self._open.pop(shard_name).close(sync=True)
+
+
+def _run_record(checkpoint: Checkpoint, report: FoldReport) -> dict[str, Any]:
+    """pyfold-run.json: what depends on the run; not part of the result's identity."""
+    return {
+        "source": str(checkpoint.path.resolve()),
+        "seconds": report.seconds,
+        "peak_rss_bytes": report.peak_rss_bytes,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pyfold": __version__,
+    }
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

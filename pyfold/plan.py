@@ -1,0 +1,184 @@
+"""What a fold will do, before a weight is read: widths, output tensors, output shards. Pure functions of headers and options."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor, prod
+
+from pyfold.errors import PyfoldError
+from pyfold.families import FoldGroup
+from pyfold.io.checkpoint import Checkpoint
+from pyfold.io.safetensors import ITEM_SIZE
+
+DTYPES = {"keep": None, "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A fold's shape.
+
+    Attributes
+    ----------
+    groups : list of (FoldGroup, int)
+        The groups to fold and the width K each gets.
+    widths : dict of int to int
+        Width of every layer afterwards, folded or not.
+    tensors : dict of str to (dtype, shape)
+        Every output tensor, in natural order.
+    shards : dict of str to list of str
+        Output file -> its tensors.
+    notes : list of str
+        What the options changed that the user should see (rounding).
+    """
+
+    groups: list[tuple[FoldGroup, int]]
+    widths: dict[int, int]
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    shards: dict[str, list[str]]
+    notes: list[str]
+
+    @property
+    def uniform(self) -> bool:
+        """All layers at one width: the source's own architecture can say it."""
+        return len(set(self.widths.values())) == 1
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(prod(shape) for _, shape in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(_nbytes(tensor) for tensor in self.tensors.values())
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    groups: list[FoldGroup],
+    *,
+    ratio: float | None,
+    width: int | None,
+    layers: str | Iterable[int] | None,
+    multiple_of: int | None,
+    dtype: str,
+    max_shard_size: int | str,
+) -> Plan:
+    """Options and headers -> a plan. Arguments as in :func:`pyfold.fold_checkpoint`.
+
+    Raises
+    ------
+    PyfoldError
+        For an option out of range, or one that no group can satisfy.
+    """
+    if dtype not in DTYPES:
+        raise PyfoldError(f"dtype: expected one of {', '.join(DTYPES)}, got '{dtype}'")
+    if (ratio is None) == (width is None):
+        raise PyfoldError("give either ratio (the share of units to remove) or width (the units to keep)")
+    if multiple_of is not None and multiple_of < 1:
+        raise PyfoldError(f"multiple_of: expected a positive number, got {multiple_of}")
+    chosen = set(parse_layers(layers, len(groups)))
+    notes: list[str] = []
+    folds = []
+    for group in groups:
+        if group.layer in chosen:
+            exact = target_width(group, ratio, width)
+            rounded = exact if multiple_of is None else round_to_multiple(exact, multiple_of, group)
+            if rounded != exact:
+                notes.append(
+                    f"{group.name}: width {exact} rounded to {rounded}, a multiple of {multiple_of}: "
+                    f"{1 - rounded / group.width:.1%} of its units go"
+                )
+            folds.append((group, rounded))
+    targets = {name: (group, k) for group, k in folds for name in group.tensors}
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, info in checkpoint.tensors.items():
+        to = DTYPES[dtype] if DTYPES[dtype] and info.dtype in _FLOATS else info.dtype
+        shape = info.shape
+        if name in targets:
+            group, k = targets[name]
+            shape = group.shape_at(k, name, shape)
+        tensors[name] = (str(to), shape)
+    widths = {group.layer: group.width for group in groups} | {group.layer: k for group, k in folds}
+    return Plan(folds, widths, tensors, split_shards(tensors, parse_size(max_shard_size)), notes)
+
+
+def target_width(group: FoldGroup, ratio: float | None, width: int | None) -> int:
+    """K = floor((1 - ratio) N) exactly (0.1 means 1/10), or the width asked for."""
+    n = group.width
+    if ratio is None:
+        assert width is not None
+        if not 1 <= width <= n:
+            raise PyfoldError(f"width: expected 1 to {n} (the width of {group.name}), got {width}")
+        return width
+    if not 0 <= ratio < 1:
+        raise PyfoldError(f"ratio: expected a number in [0, 1), got {ratio:g}")
+    k = floor((1 - Fraction(repr(float(ratio)))) * n)
+    if k < 1:
+        raise PyfoldError(f"ratio: {ratio:g} leaves no unit of the {n} of {group.name}; use at most {1 - 1 / n:g}")
+    return k
+
+
+def round_to_multiple(k: int, multiple: int, group: FoldGroup) -> int:
+    """The multiple nearest to ``k`` (the larger of two) that fits the group."""
+    largest = group.width // multiple * multiple
+    if largest == 0:
+        raise PyfoldError(f"multiple_of: {multiple} is more than the {group.width} units of {group.name}")
+    return min(max((k + multiple // 2) // multiple * multiple, multiple), largest)
+
+
+def parse_layers(layers: str | Iterable[int] | None, n_layers: int) -> list[int]:
+    """``"5-27"``, ``"0,2,5-9"``, numbers, or None for all -> sorted layer numbers."""
+    if layers is None:
+        return list(range(n_layers))
+    if isinstance(layers, str):
+        chosen: set[int] = set()
+        for part in layers.split(","):
+            match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+            if not match or int(match[1]) > int(match[2] or match[1]):
+                raise PyfoldError(f"layers: expected numbers and ranges as in 0,2,5-9, got '{layers}'")
+            chosen.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    else:
+        chosen = set(layers)
+    unknown = sorted(layer for layer in chosen if not 0 <= layer < n_layers)
+    if unknown or not chosen:
+        found = f"there is no layer {unknown[0]}" if unknown else "none were given"
+        raise PyfoldError(f"layers: {found}; this model has layers 0 to {n_layers - 1}")
+    return sorted(chosen)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes from a number or ``"5GB"``, ``"500MB"``, ``"2GiB"``."""
+    if isinstance(size, int):
+        n_bytes = size
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", size, re.IGNORECASE)
+        if not match:
+            raise PyfoldError(f"max_shard_size: expected a size as in 5GB or 500MiB, got '{size}'")
+        power = " KMGT".index(match[2].upper() or " ")
+        n_bytes = int(Fraction(match[1]) * (1024 if match[3] else 1000) ** power)
+    if n_bytes < 1:
+        raise PyfoldError(f"max_shard_size: expected at least 1 byte, got {size}")
+    return n_bytes
+
+
+def split_shards(tensors: Mapping[str, tuple[str, tuple[int, ...]]], limit: int) -> dict[str, list[str]]:
+    """Tensors in order into files of at most ``limit`` bytes (a larger tensor is alone in its file), named as transformers does."""
+    shards: list[list[str]] = []
+    room = 0
+    for name, tensor in tensors.items():
+        size = _nbytes(tensor)
+        if not shards or size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def _nbytes(tensor: tuple[str, tuple[int, ...]]) -> int:
+    return prod(tensor[1]) * ITEM_SIZE[tensor[0]]

@@ -1,0 +1,129 @@
+"""What a fold did, as numbers; nothing here depends on time except the fields that say so."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One folded group.
+
+    Attributes
+    ----------
+    name : str
+    layer : int
+    width, folded_width : int
+        Units before and after: N and K.
+    inertia : float
+        Within-cluster sum of squares of the features, after refinement.
+    ward_inertia : float
+        The same before refinement.
+    total_inertia : float
+        Sum of squares of the features.
+    n_moves : int
+        Units that the refinement moved.
+    n_singletons : int
+        Units that stayed alone, bit for bit.
+    """
+
+    name: str
+    layer: int
+    width: int
+    folded_width: int
+    inertia: float
+    ward_inertia: float
+    total_inertia: float
+    n_moves: int
+    n_singletons: int
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """The result of :func:`pyfold.fold_checkpoint`.
+
+    Attributes
+    ----------
+    path : Path
+        Where the result is.
+    profile : str
+        ``stock`` (the source's own architecture) or ``per-layer`` (needs ``trust_remote_code=True``).
+    backend : str
+        Backend and SIMD level.
+    groups : list of GroupReport
+    parameters_before, parameters_after : int
+    bytes_before, bytes_after : int
+        Of the weights.
+    notes : list of str
+        What the options changed (rounding to a multiple).
+    seconds : float
+    peak_rss_bytes : int
+        Highest resident memory of this process so far.
+    """
+
+    path: Path
+    profile: str
+    backend: str
+    groups: list[GroupReport]
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    notes: list[str]
+    seconds: float
+    peak_rss_bytes: int
+
+    @property
+    def removed_share(self) -> float:
+        """Share of all parameters that went."""
+        return 1 - self.parameters_after / self.parameters_before
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {**asdict(self), "path": str(self.path), "removed_share": self.removed_share, "how_to_load": how_to_load(self.path, self.profile)}
+
+
+def how_to_load(path: Path | str, profile: str) -> str:
+    """The line of Python that loads a result."""
+    trust = "" if profile == "stock" else ", trust_remote_code=True"
+    return f'AutoModelForCausalLM.from_pretrained("{path}"{trust})'
+
+
+def peak_rss_bytes() -> int:
+    """Highest resident set of this process so far (VmHWM)."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (FileNotFoundError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def summary(report: FoldReport) -> str:
+    """The report as a person reads it at the end of a fold."""
+    head = f"{'group':<16}{'width':>7}{'folded':>8}{'inertia':>9}{'refined':>9}{'moved':>7}{'alone':>7}"
+    lines = [head]
+    for group in report.groups:
+        total = group.total_inertia or 1.0
+        lines.append(
+            f"{group.name:<16}{group.width:>7}{group.folded_width:>8}{group.ward_inertia / total:>9.2%}"
+            f"{group.inertia / total:>9.2%}{group.n_moves:>7}{group.n_singletons:>7}"
+        )
+    lines += [
+        "",
+        f"parameters  {report.parameters_before:,} -> {report.parameters_after:,}  ({report.removed_share:.2%} of all removed)",
+        f"bytes       {report.bytes_before:,} -> {report.bytes_after:,}",
+        f"time        {report.seconds:.1f} s, peak memory {report.peak_rss_bytes / 2**20:.0f} MiB, backend {report.backend}",
+        *(f"note        {note}" for note in report.notes),
+        f"written     {report.path}",
+    ]
+    if report.profile == "stock":
+        lines.append("profile     stock: all layers at one width, loads anywhere without custom code")
+    else:
+        lines.append("profile     per-layer: layers differ in width, loads with the modeling file in the folder")
+    lines.append(f"load with   {how_to_load(report.path, report.profile)}")
+    return "\n".join(lines)
