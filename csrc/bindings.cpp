@@ -66,8 +66,9 @@ void merge_rows(const std::string& simd, Address x, int in, int64_t d, int64_t l
                 Address members, Address weights, Address out, int to, int threads) {
     const Kernels& kernels = level(simd);
     py::gil_scoped_release release;
-    kernels.merge_rows(at<void>(x), static_cast<DType>(in), d, ld, Clusters{n_clusters, at<int64_t>(offsets), at<int64_t>(members)},
-                       at<double>(weights), at<void>(out), static_cast<DType>(to), threads);
+    kernels.merge_rows(at<void>(x), static_cast<DType>(in), d, ld,
+                       Clusters{n_clusters, at<int64_t>(offsets), at<int64_t>(members)}, at<double>(weights), at<void>(out),
+                       static_cast<DType>(to), threads);
 }
 
 void merge_columns(const std::string& simd, Address x, int in, int64_t h, int64_t n, int64_t ld, int64_t n_clusters,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pyfold import __version__
 from pyfold.errors import PyfoldError
@@ -88,45 +88,50 @@ def _inspect(args: argparse.Namespace) -> None:
         max_shard_size="5GB",
     )
     folded = {group.name: width for group, width in plan.groups}
-    rows = []
-    for group in groups:
-        before = sum(checkpoint.tensors[name].n_parameters for name in group.tensors)
-        after = sum(prod(plan.tensors[name][1]) for name in group.tensors)
-        rows.append(
-            {
-                "group": group.name,
-                "width": group.width,
-                "parameters": before,
-                "folded_width": folded.get(group.name, group.width),
-                "folded_parameters": after,
-            }
+    keys = ("group", "width", "parameters", "folded_width", "folded_parameters")
+    rows = [
+        (
+            group.name,
+            group.width,
+            sum(checkpoint.tensors[name].n_parameters for name in group.tensors),
+            folded.get(group.name, group.width),
+            sum(prod(plan.tensors[name][1]) for name in group.tensors),
         )
-    result: dict[str, Any] = {
-        "source": str(checkpoint.path),
-        "architecture": family.model_type,
-        "dtypes": sorted({info.dtype for info in checkpoint.tensors.values()}),
-        "files": len({info.path for info in checkpoint.tensors.values()}),
-        "bytes": checkpoint.nbytes,
-        "parameters": checkpoint.n_parameters,
-        "folded_parameters": plan.n_parameters,
-        "profile": "stock" if plan.uniform else "per-layer",
-        "notes": plan.notes,
-        "groups": rows,
-    }
+        for group in groups
+    ]
+    dtypes = sorted({info.dtype for info in checkpoint.tensors.values()})
+    files = len({info.path for info in checkpoint.tensors.values()})
+    profile = "stock" if plan.uniform else "per-layer"
     if args.json:
-        print(json.dumps(result, indent=2))
+        print(
+            json.dumps(
+                {
+                    "source": str(checkpoint.path),
+                    "architecture": family.model_type,
+                    "dtypes": dtypes,
+                    "files": files,
+                    "bytes": checkpoint.nbytes,
+                    "parameters": checkpoint.n_parameters,
+                    "folded_parameters": plan.n_parameters,
+                    "profile": profile,
+                    "notes": plan.notes,
+                    "groups": [dict(zip(keys, row, strict=True)) for row in rows],
+                },
+                indent=2,
+            )
+        )
         return
-    print(f"{result['source']}: {family.model_type}, {', '.join(result['dtypes'])}, {result['files']} files, {checkpoint.nbytes:,} bytes")
-    print(f"{'group':<16}{'width':>7}{'parameters':>14}{'folded':>8}{'parameters':>14}")
-    for row in rows:
-        print(f"{row['group']:<16}{row['width']:>7}{row['parameters']:>14,}{row['folded_width']:>8}{row['folded_parameters']:>14,}")
-    other = checkpoint.n_parameters - sum(row["parameters"] for row in rows)
-    print(f"{'other weights':<16}{'':>7}{other:>14,}{'':>8}{other:>14,}")
+    print(f"{checkpoint.path}: {family.model_type}, {', '.join(dtypes)}, {files} files, {checkpoint.nbytes:,} bytes")
+    print(f"{'group':<16}{'width':>7}{'parameters':>16}{'folded':>8}{'parameters':>16}")
+    for name, width, parameters, folded_width, folded_parameters in rows:
+        print(f"{name:<16}{width:>7}{parameters:>16,}{folded_width:>8}{folded_parameters:>16,}")
+    other = checkpoint.n_parameters - sum(row[2] for row in rows)
+    print(f"{'other weights':<16}{'':>7}{other:>16,}{'':>8}{other:>16,}")
     removed = 1 - plan.n_parameters / checkpoint.n_parameters
-    print(f"{'all':<16}{'':>7}{checkpoint.n_parameters:>14,}{'':>8}{plan.n_parameters:>14,}  {removed:.2%} removed")
+    print(f"{'all':<16}{'':>7}{checkpoint.n_parameters:>16,}{'':>8}{plan.n_parameters:>16,}  {removed:.2%} removed")
     for note in plan.notes:
         print(f"note: {note}")
-    print(f"profile of the result: {result['profile']}")
+    print(f"profile of the result: {profile}")
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -169,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pyfold",
         description="Make a trained network smaller without data or fine-tuning: fold similar units into one.",
-        epilog="Exit codes: 0 done, 1 an I/O failure, 2 bad input, 130 interrupted. `pyfold COMMAND --help` explains a command.",
+        epilog="Exit codes: 0 done, 1 I/O failure, 2 bad input, 130 interrupted. `pyfold COMMAND --help` explains a command.",
     )
     parser.add_argument("--version", action="version", version=f"pyfold {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -177,8 +182,8 @@ def _parser() -> argparse.ArgumentParser:
     fold = commands.add_parser(
         "fold",
         help="fold a checkpoint and write a smaller one",
-        description="Fold the feed-forward layers of SRC and write the result to DST. All layers folded to one width: DST is an "
-        "ordinary checkpoint of the same architecture. Otherwise each layer's width is in config.json and DST loads with "
+        description="Fold the feed-forward layers of SRC and write the result to DST. All layers folded to one width: DST is "
+        "an ordinary checkpoint of the same architecture. Otherwise each layer's width is in config.json and DST loads with "
         "trust_remote_code=True.",
         epilog="Example: pyfold fold ./model ./model-folded --ratio 0.2 --layers 14-17",
     )
@@ -195,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect",
         help="show what can be folded; reads headers only",
-        description="Show the architecture of SRC, its fold groups and their widths and parameters, and what a fold would leave.",
+        description="Show the architecture of SRC, its fold groups with widths and parameters, and what a fold would leave.",
         epilog="Example: pyfold inspect ./model --ratio 0.2 --multiple-of 256",
     )
     inspect.add_argument("source", metavar="SRC", help="checkpoint folder (safetensors) or Hugging Face model id")
@@ -210,9 +215,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: pyfold eval ./model --text wiki.txt --tokens 16384",
     )
     evaluate.add_argument("source", metavar="SRC", help="checkpoint folder or Hugging Face model id")
-    evaluate.add_argument("--text", metavar="FILE", help="UTF-8 text; by default the documentation topics that ship with Python")
+    evaluate.add_argument(
+        "--text", metavar="FILE", help="UTF-8 text; by default the documentation topics that ship with Python"
+    )
     evaluate.add_argument("--tokens", type=int, metavar="N", help="use the first N tokens of the text (default: all)")
-    evaluate.add_argument("--context", type=int, default=1024, metavar="N", help="tokens a window (default 1024), half of them new")
+    evaluate.add_argument(
+        "--context", type=int, default=1024, metavar="N", help="tokens a window (default 1024), half of them new"
+    )
     _common_options(evaluate)
     evaluate.set_defaults(run=_eval)
     return parser

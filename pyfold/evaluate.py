@@ -80,7 +80,9 @@ def perplexity(
     """
     stride = context // 2 if stride is None else stride
     if context < 2 or not 1 <= stride <= context or (max_tokens is not None and max_tokens < 2):
-        raise PyfoldError(f"eval: expected context >= 2, 1 <= stride <= context and tokens >= 2, got {context}, {stride}, {max_tokens}")
+        raise PyfoldError(
+            f"eval: expected context >= 2, 1 <= stride <= context and tokens >= 2, got {context}, {stride}, {max_tokens}"
+        )
     model, tokenizer = load_model(source)
     ids = tokenizer(default_text() if text is None else text, return_tensors="pt", verbose=False).input_ids[0][:max_tokens]
     if len(ids) < 2:

@@ -1,6 +1,6 @@
 """The fold, start to finish: checkpoint -> fold groups -> Gram matrix -> clusters -> merge -> new checkpoint.
 
-One group is in memory at a time; every other tensor streams through in pieces. The peak does not depend on the number of layers.
+One group is in memory at a time; every other tensor streams through in pieces. The peak does not grow with the layers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pyfold.families import FoldGroup, family_of
 from pyfold.io.checkpoint import INDEX, Checkpoint, open_checkpoint
 from pyfold.io.destination import Destination
 from pyfold.io.safetensors import ITEM_SIZE, Reader, Shard, TensorInfo, as_bytes, torch_dtype
-from pyfold.plan import Plan, make_plan
+from pyfold.plan import Plan, make_plan, parse_size
 from pyfold.report import FoldReport, GroupReport, peak_rss_bytes
 
 # done, total, what: called as work proceeds, in bytes of source weights.
@@ -112,7 +112,7 @@ def fold_checkpoint(
         "layers": [group.layer for group, _ in plan.groups],
         "multiple_of": multiple_of,
         "dtype": dtype,
-        "max_shard_size": max_shard_size,
+        "max_shard_size": parse_size(max_shard_size),
     }
     with Destination(Path(dst), checkpoint.path, overwrite=overwrite, n_bytes=plan.nbytes) as stage:
         groups, hashes = _write_weights(checkpoint, plan, stage, backend, progress)
@@ -172,7 +172,13 @@ def _write_weights(
 
 
 def _fold_group(
-    group: FoldGroup, k: int, members: dict[str, TensorInfo], reader: Reader, writer: _Writer, hashes: dict[str, str], backend: str
+    group: FoldGroup,
+    k: int,
+    members: dict[str, TensorInfo],
+    reader: Reader,
+    writer: _Writer,
+    hashes: dict[str, str],
+    backend: str,
 ) -> GroupReport:
     """Read a group once, cluster its units, write its members merged."""
     gram = torch.empty((group.width, group.width), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What a fold will do, before a weight is read: widths, output tensors, output shards. Pure functions of headers and options."""
+"""What a fold will do, before a weight is read: widths, output tensors and shards, from headers and options alone."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def parse_size(size: int | str) -> int:
 
 
 def split_shards(tensors: Mapping[str, tuple[str, tuple[int, ...]]], limit: int) -> dict[str, list[str]]:
-    """Tensors in order into files of at most ``limit`` bytes (a larger tensor is alone in its file), named as transformers does."""
+    """Tensors in order into files of at most ``limit`` bytes (a larger tensor alone in its own), named as transformers does."""
     shards: list[list[str]] = []
     room = 0
     for name, tensor in tensors.items():

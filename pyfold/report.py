@@ -84,7 +84,12 @@ class FoldReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {**asdict(self), "path": str(self.path), "removed_share": self.removed_share, "how_to_load": how_to_load(self.path, self.profile)}
+        return {
+            **asdict(self),
+            "path": str(self.path),
+            "removed_share": self.removed_share,
+            "how_to_load": how_to_load(self.path, self.profile),
+        }
 
 
 def how_to_load(path: Path | str, profile: str) -> str:

@@ -4,12 +4,14 @@
 // 1e-6 w_i G_ii, which is above fp32 noise.
 // The order does not depend on indices, so permuting the points permutes the partition.
 //
-// Each point keeps its cheapest entry. A move changes two clusters, so the others compare two new costs with the kept one;
-// only points inside the two clusters, or whose kept target became dearer, are evaluated in full (O(N + K)).
+// Each point keeps its target, what entering it costs, and a lower bound on entering any other cluster. A move changes two
+// clusters, so every point compares two new costs with these; where the bound undercuts the target the best is not known, and
+// the point is evaluated in full (O(N + K)) only when it reaches the front. Exact, and one pass over N a move.
 #include "hartigan.h"
 
 #include <algorithm>
 #include <limits>
+#include <unordered_map>
 
 namespace pyfold {
 
@@ -30,8 +32,11 @@ struct Refinement {
     std::vector<std::vector<int64_t>> members{static_cast<size_t>(n_clusters)};
     std::vector<int64_t> offsets = std::vector<int64_t>(n_clusters + 1), order = std::vector<int64_t>(n);
     std::vector<double> weight = std::vector<double>(n_clusters), total = std::vector<double>(n_clusters);
-    // Per point: cost of the cheapest entry into another cluster, and what leaving its own saves.
-    std::vector<double> entry = std::vector<double>(n, kInfinity), saved = std::vector<double>(n, 0.0);
+    std::unordered_map<int64_t, std::vector<double>> large{};  // S[:] of the large clusters that have changed
+    bool sorted = false;                                       // offsets and order say what members says
+    // Per point: what leaving its cluster saves, what entering the target costs, and at least what entering any other costs.
+    std::vector<double> saved = std::vector<double>(n, 0.0), entry = std::vector<double>(n, kInfinity),
+                        others = std::vector<double>(n, kInfinity);
     std::vector<int64_t> target = std::vector<int64_t>(n, -1);
 
     double self(int64_t i) const { return diagonal[i]; }
@@ -51,21 +56,21 @@ struct Refinement {
 
     bool alone(int64_t i) const { return members[labels[i]].size() == 1; }
 
-    // All sums of point i, from its Gram row and the current members.
+    // Everything about point i, from its Gram row and the current members. A point alone in its cluster never moves.
     void evaluate(int64_t i, std::vector<double>& sums) {
-        if (alone(i)) {
-            saved[i] = 0;
-            entry[i] = kInfinity;
-            target[i] = -1;
-            return;
-        }
+        saved[i] = 0;
+        entry[i] = others[i] = kInfinity;
+        target[i] = -1;
+        if (alone(i)) return;
         kernels.segment_sum(gram + i * n, Clusters{n_clusters, offsets.data(), order.data()}, weights, sums.data());
         saved[i] = leave_saving(i, sums[labels[i]]);
         kernels.cheapest(sums.data(), total.data(), weight.data(), n_clusters, labels[i], self(i), weights[i], &entry[i],
-                         &target[i]);
+                         &others[i], &target[i]);
     }
 
     void sort_members() {
+        if (sorted) return;
+        sorted = true;
         int64_t at = 0;
         for (int64_t c = 0; c < n_clusters; c++) {
             offsets[c] = at;
@@ -74,14 +79,31 @@ struct Refinement {
         offsets[n_clusters] = at;
     }
 
-    // Fresh W, T and S[:] of one cluster.
-    void measure(int64_t c, std::vector<double>& sums) {
-        kernels.sum_rows(gram, n, members[c].data(), static_cast<int64_t>(members[c].size()), weights, sums.data(), threads);
-        weight[c] = total[c] = 0;
-        for (const int64_t i : members[c]) {
-            weight[c] += weights[i];
-            total[c] += weights[i] * sums[i];
+    // W, T and S[:] of a cluster that point i has just joined (sign 1) or left (-1). Small clusters are summed afresh; the
+    // sums of large ones are kept and updated, at most N / kLarge rows: an eighth of the Gram matrix.
+    const std::vector<double>& measure(int64_t c, int64_t i, double sign, std::vector<double>& scratch) {
+        constexpr size_t kLarge = 16;
+        const auto size = members[c].size();
+        std::vector<double>* sums = &scratch;
+        const auto found = large.find(c);
+        if (size < kLarge) {
+            if (found != large.end()) large.erase(found);
+        } else {
+            sums = &large[c];
         }
+        if (size >= kLarge && found != large.end()) {
+            const double w = sign * weights[i];
+            for (int64_t j = 0; j < n; j++) (*sums)[j] += w * gram[i * n + j];
+        } else {
+            sums->resize(n);
+            kernels.sum_rows(gram, n, members[c].data(), static_cast<int64_t>(size), weights, sums->data(), threads);
+        }
+        weight[c] = total[c] = 0;
+        for (const int64_t j : members[c]) {
+            weight[c] += weights[j];
+            total[c] += weights[j] * (*sums)[j];
+        }
+        return *sums;
     }
 
     void start() {
@@ -106,42 +128,52 @@ struct Refinement {
     }
 
     // The point whose move gains most, or -1; the first of equals.
-    int64_t best() const {
-        int64_t at = -1;
-        double most = 0;
-        for (int64_t i = 0; i < n; i++) {
-            const double gain = saved[i] - entry[i];
-            if (gain > most && gain > kThreshold * weights[i] * self(i)) {
-                most = gain;
-                at = i;
+    int64_t best(std::vector<double>& sums) {
+        for (;;) {
+            int64_t at = -1;
+            double most = 0;
+            for (int64_t i = 0; i < n; i++) {
+                const double gain = saved[i] - std::min(entry[i], others[i]);
+                if (gain > most && gain > kThreshold * weights[i] * self(i)) {
+                    most = gain;
+                    at = i;
+                }
             }
+            if (at < 0 || entry[at] <= others[at]) return at;
+            sort_members();
+            evaluate(at, sums);
         }
-        return at;
     }
 
-    void move(int64_t i, std::vector<double>& in_a, std::vector<double>& in_b, std::vector<double>& sums) {
+    void move(int64_t i, std::vector<double>& scratch_a, std::vector<double>& scratch_b, std::vector<double>& sums) {
         const int64_t a = labels[i], b = target[i];
         members[a].erase(std::lower_bound(members[a].begin(), members[a].end(), i));
         members[b].insert(std::lower_bound(members[b].begin(), members[b].end(), i), i);
         labels[i] = b;
-        sort_members();
-        measure(a, in_a);
-        measure(b, in_b);
+        sorted = false;
+        const std::vector<double>& in_a = measure(a, i, -1, scratch_a);
+        const std::vector<double>& in_b = measure(b, i, 1, scratch_b);
         for (int64_t j = 0; j < n; j++) {
-            if (labels[j] == a || labels[j] == b) {
-                evaluate(j, sums);
-                continue;
-            }
-            if (alone(j)) continue;
-            const double to_a = entry_cost(j, in_a[j], a), to_b = entry_cost(j, in_b[j], b);
-            const bool kept = target[j] == a || target[j] == b;
-            if (std::min(to_a, to_b) <= entry[j]) {
+            if (target[j] < 0) continue;  // alone, or the one whose company has just come: below
+            const double to_a = labels[j] == a ? kInfinity : entry_cost(j, in_a[j], a);
+            const double to_b = labels[j] == b ? kInfinity : entry_cost(j, in_b[j], b);
+            if (target[j] == a || target[j] == b) {
+                entry[j] = target[j] == a ? to_a : to_b;
+                others[j] = std::min(others[j], target[j] == a ? to_b : to_a);
+            } else if (std::min(to_a, to_b) < entry[j]) {
+                others[j] = std::min({others[j], entry[j], std::max(to_a, to_b)});
                 entry[j] = std::min(to_a, to_b);
                 target[j] = to_a < to_b || (to_a == to_b && a < b) ? a : b;
-            } else if (kept) {
-                evaluate(j, sums);
+            } else {
+                others[j] = std::min({others[j], to_a, to_b});
             }
         }
+        for (const int64_t j : members[a]) saved[j] = leave_saving(j, in_a[j]);
+        for (const int64_t j : members[b]) saved[j] = leave_saving(j, in_b[j]);
+        sort_members();
+        evaluate(i, sums);
+        if (members[a].size() == 1) evaluate(members[a][0], sums);
+        if (members[b].size() == 2) evaluate(members[b][members[b][0] == i], sums);
     }
 };
 
@@ -153,10 +185,10 @@ std::vector<double> hartigan(const Kernels& kernels, const float* gram, int64_t 
     if (n_clusters < 2 || n_clusters == n) return gains;
     Refinement refinement{kernels, gram, n, n_clusters, labels, weights, threads};
     refinement.start();
-    std::vector<double> in_a(n), in_b(n), sums(n_clusters);
-    for (int64_t i; static_cast<int64_t>(gains.size()) < max_moves && (i = refinement.best()) >= 0;) {
+    std::vector<double> scratch_a(n), scratch_b(n), sums(n_clusters);
+    for (int64_t i; static_cast<int64_t>(gains.size()) < max_moves && (i = refinement.best(sums)) >= 0;) {
         gains.push_back(refinement.saved[i] - refinement.entry[i]);
-        refinement.move(i, in_a, in_b, sums);
+        refinement.move(i, scratch_a, scratch_b, sums);
     }
     return gains;
 }

@@ -40,9 +40,9 @@ struct Kernels {
                      int threads);
     // out[c] = sum over j in c of w_j row[j]; `order` sorts the columns by cluster, offsets[K + 1] delimits them.
     void (*segment_sum)(const float* row, const Clusters& clusters, const double* weights, double* out);
-    // Cheapest cluster for a point of weight w to enter: min over c != own of w W_c / (W_c + w) d²(i, c).
+    // Cheapest and second cheapest cluster for a point of weight w to enter: w W_c / (W_c + w) d²(i, c) over c != own.
     void (*cheapest)(const double* sums, const double* total, const double* weight, int64_t n_clusters, int64_t own,
-                     double self, double w, double* cost, int64_t* target);
+                     double self, double w, double* cost, double* second, int64_t* target);
     // Weighted mean of each cluster's rows: x (N, D) -> out (K, D). weights may be null.
     void (*merge_rows)(const void* x, DType in, int64_t d, int64_t ld, const Clusters& clusters, const double* weights,
                        void* out, DType to, int threads);
@@ -53,9 +53,15 @@ struct Kernels {
     int64_t (*first_nonfinite)(const void* x, DType dtype, int64_t count, int threads);
 };
 
-namespace baseline { extern const Kernels kernels; }
-namespace avx2 { extern const Kernels kernels; }
-namespace avx512 { extern const Kernels kernels; }
+namespace baseline {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
 
 // The table of a SIMD level by name ("baseline", "avx2", "avx512"), or null where this build or this CPU lacks it.
 const Kernels* kernels_for(const char* level);

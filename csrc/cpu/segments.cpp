@@ -29,20 +29,26 @@ void segment_sum(const float* row, const Clusters& clusters, const double* weigh
 }
 
 void cheapest(const double* sums, const double* total, const double* weight, int64_t n_clusters, int64_t own, double self,
-              double w, double* cost, int64_t* target) {
-    double best = __builtin_inf();
+              double w, double* cost, double* second, int64_t* target) {
+    double best = __builtin_inf(), next = __builtin_inf();
     int64_t at = -1;
     for (int64_t c = 0; c < n_clusters; c++) {
         const double mean = 1.0 / weight[c];
         double distance = self - 2.0 * sums[c] * mean + total[c] * mean * mean;
         distance = distance > 0 ? distance : 0;
         const double entry = w * weight[c] / (weight[c] + w) * distance;
-        if (entry < best && c != own) {
-            best = entry;
-            at = c;
+        if (entry < next && c != own) {
+            if (entry < best) {
+                next = best;
+                best = entry;
+                at = c;
+            } else {
+                next = entry;
+            }
         }
     }
     *cost = best;
+    *second = next;
     *target = at;
 }
 

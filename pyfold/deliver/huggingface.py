@@ -1,4 +1,4 @@
-"""A Hugging Face folder: config.json patched as JSON, the modeling file of a per-layer result, index, model card, pyfold.json."""
+"""A Hugging Face folder: patched config.json, modeling file of a per-layer result, index, model card, pyfold.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyfold.plan import Plan
 from pyfold.report import GroupReport, how_to_load
 
 MODELING = "modeling_pyfold.py"
-_MODELING_TEMPLATE = '''"""{prefix} with a feed-forward width per layer, from `per_layer_config` in config.json. Written by pyfold."""
+_MODELING_TEMPLATE = '''"""{prefix} with a width per layer: `per_layer_config` in config.json. Written by pyfold."""
 
 from transformers import {prefix}ForCausalLM, {prefix}Model
 from transformers.models.{model_type}.modeling_{model_type} import {prefix}MLP
@@ -113,7 +113,11 @@ def model_card(
 ) -> str:
     """README.md with front matter, recipe and a table of the layers."""
     profile = "stock" if plan.uniform else "per-layer"
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["pyfold", "model-folding"]}
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pyfold", "model-folding"],
+    }
     if checkpoint.hub_id:
         front["base_model"] = checkpoint.hub_id
     if license:
@@ -164,4 +168,6 @@ def source_license(checkpoint: Checkpoint) -> Any:
     try:
         return (metadata_load(card) or {}).get("license")
     except (YAMLError, ValueError, AttributeError) as error:
-        raise PyfoldError(f"{card}: its front matter is not valid YAML ({str(error).splitlines()[0]}); mend or remove it") from None
+        raise PyfoldError(
+            f"{card}: its front matter is not valid YAML ({str(error).splitlines()[0]}); mend or remove it"
+        ) from None

@@ -1,4 +1,4 @@
-"""Architecture knowledge: which tensors of a checkpoint share a hidden dimension. Nothing outside this folder knows a model type.
+"""Architecture knowledge: which tensors share a hidden dimension. Nothing outside this folder knows a model type.
 
 A family turns a config and tensor shapes into fold groups. To add one: a module here, and its entry in ``FAMILIES``.
 """

@@ -21,7 +21,7 @@ _LAST = ("config.json", INDEX)
 
 
 class Destination:
-    """``with Destination(dst, src) as stage: ...; stage.commit()``. Leaving the block without a commit removes what was written."""
+    """``with Destination(dst, src) as stage: ...; stage.commit()``. Leaving without a commit removes what was written."""
 
     def __init__(self, path: Path, source: Path, *, overwrite: bool = False, n_bytes: int = 0) -> None:
         """Check, before anything is written, that ``path`` can take a result of ``n_bytes``.
@@ -61,7 +61,9 @@ class Destination:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._lock)
-            raise PyfoldError(f"{self.path}: another pyfold is writing it; wait for it, or choose another destination") from None
+            raise PyfoldError(
+                f"{self.path}: another pyfold is writing it; wait for it, or choose another destination"
+            ) from None
         for entry in self.partial.iterdir():  # a killed run's
             if entry.name != ".lock":
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

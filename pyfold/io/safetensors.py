@@ -103,8 +103,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise PyfoldError(f"{path}: tensor '{info.name}' has the dtype {info.dtype}, which pyfold does not know")
         if info.end > size:
             raise PyfoldError(f"{path}: cut short: tensor '{info.name}' ends at byte {info.end} of {size}; download it again")
-        if min(info.shape, default=0) < 0 or info.begin < 8 + length or info.nbytes != info.n_parameters * ITEM_SIZE[info.dtype]:
-            raise PyfoldError(f"{path}: corrupt safetensors header: tensor '{info.name}' has {info.nbytes} bytes for shape {list(info.shape)}")
+        if (
+            min(info.shape, default=0) < 0
+            or info.begin < 8 + length
+            or info.nbytes != info.n_parameters * ITEM_SIZE[info.dtype]
+        ):
+            raise PyfoldError(
+                f"{path}: corrupt safetensors header: tensor '{info.name}' has {info.nbytes} bytes for shape {list(info.shape)}"
+            )
     return tensors
 
 
@@ -112,7 +118,10 @@ def read_bytes(file: int, path: Path, offset: int, buffer: memoryview) -> None:
     """Fill ``buffer`` from ``offset`` of an open file."""
     done = 0
     while done < len(buffer):
-        got = os.preadv(file, [buffer[done : done + _MAX_TRANSFER]], offset + done)
+        try:
+            got = os.preadv(file, [buffer[done : done + _MAX_TRANSFER]], offset + done)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot read: {error.strerror}", str(path)) from None
         if got == 0:
             raise PyfoldError(f"{path}: cut short while it was being read, at byte {offset + done}")
         done += got
@@ -166,7 +175,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     import torch
 
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 class Shard:
@@ -191,7 +200,6 @@ class Shard:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             self._write(memoryview(struct.pack("<Q", len(blob)) + blob), 0)
-            os.truncate(self._file, 8 + len(blob) + at)
         except BaseException:
             os.close(self._file)
             raise
@@ -215,5 +223,8 @@ class Shard:
 
     def _write(self, data: memoryview, offset: int) -> None:
         done = 0
-        while done < len(data):
-            done += os.pwrite(self._file, data[done : done + _MAX_TRANSFER], offset + done)
+        try:
+            while done < len(data):
+                done += os.pwrite(self._file, data[done : done + _MAX_TRANSFER], offset + done)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write: {error.strerror}", str(self.path)) from None

@@ -33,7 +33,7 @@ LARGEST_SQUARED_NORM = 1e30
 
 
 class Joins(NamedTuple):
-    """Ward's joins in height order: cluster ``lo[s]`` enters ``hi[s]``, which keeps its index; ``height[s]`` is the inertia added."""
+    """Joins in height order: cluster ``lo[s]`` enters ``hi[s]``, which keeps its index, at ``height[s]`` more inertia."""
 
     lo: Tensor
     hi: Tensor
@@ -104,7 +104,13 @@ def ward(gram: Tensor, n_clusters: int, *, weights: Tensor | None = None, backen
 
 
 def hartigan(
-    gram: Tensor, labels: Tensor, n_clusters: int, *, weights: Tensor | None = None, max_moves: int | None = None, backend: str = "auto"
+    gram: Tensor,
+    labels: Tensor,
+    n_clusters: int,
+    *,
+    weights: Tensor | None = None,
+    max_moves: int | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Refine a partition by moving one point at a time, the move that lowers the inertia most first (Hartigan 1975).
 
@@ -131,7 +137,13 @@ def hartigan(
 
 
 def merge_rows(
-    x: Tensor, labels: Tensor, n_clusters: int, *, weights: Tensor | None = None, dtype: torch.dtype | None = None, backend: str = "auto"
+    x: Tensor,
+    labels: Tensor,
+    n_clusters: int,
+    *,
+    weights: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Weighted mean of the rows of each cluster: ``(UᵀWU)⁻¹ UᵀW x`` with one-hot U (N x K).
 
@@ -159,7 +171,13 @@ def merge_rows(
 
 
 def merge_columns(
-    x: Tensor, labels: Tensor, n_clusters: int, *, scale: Tensor | None = None, dtype: torch.dtype | None = None, backend: str = "auto"
+    x: Tensor,
+    labels: Tensor,
+    n_clusters: int,
+    *,
+    scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Sum of the (scaled) columns of each cluster: ``x diag(scale) U`` with one-hot U (N x K).
 

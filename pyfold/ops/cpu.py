@@ -66,9 +66,7 @@ class CpuBackend:
         )
         return Joins(lo, hi, height)
 
-    def hartigan(
-        self, gram: Tensor, labels: Tensor, n_clusters: int, weights: Tensor, max_moves: int
-    ) -> tuple[Tensor, Tensor]:
+    def hartigan(self, gram: Tensor, labels: Tensor, n_clusters: int, weights: Tensor, max_moves: int) -> tuple[Tensor, Tensor]:
         labels = labels.clone()
         gains = _C.hartigan(
             self.simd,
@@ -82,9 +80,7 @@ class CpuBackend:
         )
         return labels, torch.tensor(gains, dtype=torch.float64)
 
-    def merge_rows(
-        self, x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
+    def merge_rows(self, x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
         offsets, members = _clusters(labels, n_clusters)
         out = torch.empty((n_clusters, x.shape[1]), dtype=dtype)
         _C.merge_rows(
@@ -103,9 +99,7 @@ class CpuBackend:
         )
         return out
 
-    def merge_columns(
-        self, x: Tensor, labels: Tensor, n_clusters: int, scale: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
+    def merge_columns(self, x: Tensor, labels: Tensor, n_clusters: int, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
         offsets, members = _clusters(labels, n_clusters)
         out = torch.empty((x.shape[0], n_clusters), dtype=dtype)
         _C.merge_columns(

@@ -40,17 +40,14 @@ def ward(gram: Tensor, n_clusters: int, weights: Tensor) -> Joins:
         w[b] += w[a]
         joins.append((a, b, height))
     lo, hi, heights = zip(*joins, strict=True) if joins else ((), (), ())
-    index = {"dtype": torch.int64, "device": gram.device}
     return Joins(
-        torch.tensor(lo, **index),
-        torch.tensor(hi, **index),
+        torch.tensor(lo, dtype=torch.int64, device=gram.device),
+        torch.tensor(hi, dtype=torch.int64, device=gram.device),
         torch.tensor(heights, dtype=torch.float64, device=gram.device),
     )
 
 
-def hartigan(
-    gram: Tensor, labels: Tensor, n_clusters: int, weights: Tensor, max_moves: int
-) -> tuple[Tensor, Tensor]:
+def hartigan(gram: Tensor, labels: Tensor, n_clusters: int, weights: Tensor, max_moves: int) -> tuple[Tensor, Tensor]:
     labels = labels.clone()
     g = gram.double()
     norms = g.diagonal()

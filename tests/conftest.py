@@ -1,0 +1,151 @@
+"""Shared parts: the backends under test, SmolLM2-135M, tiny checkpoints of every family, the command line in a process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pyfold.ops import cpu
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOLLM2 = ROOT / ".cache" / "smollm2"
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+BACKENDS = [f"cpu:{level}" for level in cpu.simd_levels()]
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every SIMD level of the C++ backend that this machine runs."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """A real language model as a sharded checkpoint; made once and kept in .cache."""
+    subprocess.run([sys.executable, ROOT / "bench" / "smollm2.py", SMOLLM2], check=True, capture_output=True)
+    return SMOLLM2
+
+
+@pytest.fixture(scope="session")
+def smollm2_features(smollm2: Path) -> dict[int, torch.Tensor]:
+    """Feed-forward features of six real layers: (1536, 1728) rows [gate | up | down column], bf16."""
+    from pyfold.io.checkpoint import open_checkpoint
+    from pyfold.io.safetensors import Reader
+
+    tensors = open_checkpoint(smollm2).tensors
+    features = {}
+    with Reader() as reader:
+        for layer in (0, 7, 14, 20, 25, 29):
+            gate, up, down = (
+                reader.read(tensors[f"model.layers.{layer}.mlp.{name}_proj.weight"]) for name in ("gate", "up", "down")
+            )
+            features[layer] = torch.cat([gate, up, down.T], 1)
+    return features
+
+
+def tiny_model(family: str, *, n_layers: int = 3, width: int = 48, seed: int = 0, **options: Any) -> Any:
+    """A random model of a family: hidden 32, grouped-query attention, norms and biases away from their defaults."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    prefix = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    config = getattr(transformers, f"{prefix}Config")(
+        hidden_size=32,
+        intermediate_size=width,
+        num_hidden_layers=n_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=64,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **options,
+    )
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + (1.0 if parameter.dim() == 1 else 0.0))
+    return model
+
+
+def tiny_checkpoint(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    """``tiny_model`` saved in several shards."""
+    tiny_model(family, **options).to(dtype).save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+def prompt(length: int = 24) -> torch.Tensor:
+    return torch.randint(0, 64, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(ids).logits
+
+
+def load(folder: Path, **options: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, read by the safetensors package."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below a folder with its hash; pyfold-run.json is outside a result's identity."""
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != "pyfold-run.json"
+    }
+
+
+def write_synthetic(folder: Path, n_layers: int, width: int, hidden: int) -> Path:
+    """A LLaMA-shaped fp32 checkpoint of any size, written a tensor at a time."""
+    from pyfold.io.safetensors import Shard
+
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    weight_map = {}
+    for layer in range(n_layers):
+        mlp = f"model.layers.{layer}.mlp."
+        layout = {
+            f"{mlp}gate_proj.weight": ("F32", (width, hidden)),
+            f"{mlp}up_proj.weight": ("F32", (width, hidden)),
+            f"{mlp}down_proj.weight": ("F32", (hidden, width)),
+        }
+        name = f"model-{layer + 1:05d}-of-{n_layers:05d}.safetensors"
+        shard = Shard(folder / name, layout)
+        for tensor, (_, shape) in layout.items():
+            shard.write(tensor, torch.randn(shape, generator=generator))
+            weight_map[tensor] = name
+        shard.close(sync=False)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    config = {"model_type": "llama", "hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": n_layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def run_cli(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """``python -m pyfold`` in a process of its own."""
+    command = [sys.executable, "-m", "pyfold", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, **options)

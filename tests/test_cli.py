@@ -1,0 +1,449 @@
+"""The command line as its user meets it: what it prints, bad input, failures in the middle, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, load, run_cli, tensors_of, tiny_checkpoint, tree, write_synthetic
+
+from pyfold import cli
+from pyfold.io.checkpoint import INDEX
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("cli") / "src")
+
+
+def shard_of(folder: Path, tensor: str) -> Path:
+    return folder / json.loads((folder / INDEX).read_text())["weight_map"][tensor]
+
+
+def patch_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    shard = shard_of(folder, UP)
+    tensors = load_file(shard)
+    change(tensors)
+    save_file(tensors, shard)
+    return shard
+
+
+def test_fold_prints_what_it_did_and_how_to_load_it(source: Path, tmp_path: Path) -> None:
+    done = run_cli("fold", source, tmp_path / "dst", "--ratio", "0.3", "--layers", "1", "--multiple-of", "8")
+    assert done.returncode == 0
+    assert done.stderr == "", "no progress bar where stderr is no terminal"
+    assert "layers.1.mlp: width 33 rounded to 32, a multiple of 8" in done.stdout
+    assert "of all removed" in done.stdout
+    assert "per-layer" in done.stdout
+    assert f'AutoModelForCausalLM.from_pretrained("{tmp_path / "dst"}", trust_remote_code=True)' in done.stdout
+    uniform = run_cli("fold", source, tmp_path / "uniform", "--ratio", "0.25")
+    assert "stock: all layers at one width" in uniform.stdout
+    assert f'AutoModelForCausalLM.from_pretrained("{tmp_path / "uniform"}")' in uniform.stdout
+
+
+def test_json_and_quiet(source: Path, tmp_path: Path) -> None:
+    report = json.loads(run_cli("fold", source, tmp_path / "a", "--width", "40", "--json").stdout)
+    assert report["profile"] == "stock"
+    assert [group["folded_width"] for group in report["groups"]] == [40, 40, 40]
+    quiet = run_cli("fold", source, tmp_path / "b", "--width", "40", "--quiet")
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+def test_progress_bar_on_a_terminal(source: Path, tmp_path: Path) -> None:
+    main, terminal = pty.openpty()
+    command = [sys.executable, "-m", "pyfold", "fold", str(source), str(tmp_path / "dst"), "--ratio", "0.25"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal, cwd=ROOT, timeout=300)
+    shown = os.read(main, 65536).decode()
+    os.close(terminal)
+    os.close(main)
+    assert done.returncode == 0
+    assert "layers.2.mlp" in shown
+    assert "%" in shown
+
+
+def test_inspect_reads_headers_only(source: Path, tmp_path: Path) -> None:
+    """Also where there is no data behind the headers, and without importing torch."""
+    hollow = tmp_path / "hollow"
+    shutil.copytree(source, hollow)
+    for shard in hollow.glob("*.safetensors"):
+        size = shard.stat().st_size
+        (length,) = struct.unpack("<Q", shard.read_bytes()[:8])
+        os.truncate(shard, 8 + length)
+        os.truncate(shard, size)
+    shown = run_cli("inspect", hollow, "--ratio", "0.25", "--layers", "0-1")
+    assert shown.returncode == 0
+    assert shown.stdout == run_cli("inspect", source, "--ratio", "0.25", "--layers", "0-1").stdout.replace(str(source), str(hollow))
+    assert "layers.0.mlp" in shown.stdout
+    assert "per-layer" in shown.stdout
+    result = json.loads(run_cli("inspect", source, "--json").stdout)
+    assert result["architecture"] == "llama"
+    assert result["parameters"] == sum(tensor.numel() for tensor in tensors_of(source).values())
+    code = f"import sys; from pyfold.cli import main; main(['inspect', {str(source)!r}]); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_eval_is_the_perplexity_of_the_model(smollm2: Path, tmp_path: Path) -> None:
+    """One window: exactly transformers' own loss. Several: every token scored once."""
+    text = "The quick brown fox jumps over the lazy dog. " * 8 + "Model folding merges neurons that do the same thing."
+    (tmp_path / "text.txt").write_text(text)
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(smollm2)(text, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        expected = float(load(smollm2)(ids, labels=ids).loss.exp())
+    shown = json.loads(run_cli("eval", smollm2, "--text", tmp_path / "text.txt", "--json").stdout)
+    assert shown["n_tokens"] == ids.shape[1] - 1
+    assert shown["perplexity"] == pytest.approx(expected, rel=1e-4)
+    windows = run_cli("eval", smollm2, "--text", tmp_path / "text.txt", "--context", "32", "--tokens", "80")
+    assert "over 79 tokens, context 32" in windows.stdout
+    assert windows.returncode == 0
+
+
+def test_eval_runs_only_code_that_pyfold_wrote(source: Path, tmp_path: Path) -> None:
+    from pyfold.deliver.huggingface import has_own_modeling_file
+    from pyfold.families import FAMILIES
+
+    folded = tmp_path / "dst"
+    run_cli("fold", source, folded, "--ratio", "0.25", "--layers", "1")
+    assert has_own_modeling_file(folded, FAMILIES)
+    (folded / "modeling_pyfold.py").write_text((folded / "modeling_pyfold.py").read_text() + "\nprint('mine')\n")
+    assert not has_own_modeling_file(folded, FAMILIES)
+    refused = run_cli("eval", folded)
+    assert refused.returncode == 2
+    assert "mine" not in refused.stdout
+    assert refused.stderr.count("\n") == 1
+
+
+def test_help_names_every_option() -> None:
+    for command in ((), ("fold",), ("inspect",), ("eval",)):
+        shown = run_cli(*command, "--help")
+        assert shown.returncode == 0
+        assert "usage: pyfold" in shown.stdout
+    assert run_cli("--version").stdout.startswith("pyfold 0.")
+    assert run_cli().returncode == 2
+    assert run_cli("fold", "a", "b").returncode == 2
+
+
+# Each: what is done to a good source, the options, what the one line must name.
+def remove_shard(folder: Path) -> None:
+    shard_of(folder, UP).unlink()
+
+
+def truncate_header(folder: Path) -> None:
+    os.truncate(shard_of(folder, UP), 20)
+
+
+def empty_shard(folder: Path) -> None:
+    os.truncate(shard_of(folder, UP), 0)
+
+
+def corrupt_header(folder: Path) -> None:
+    shard = shard_of(folder, UP)
+    data = bytearray(shard.read_bytes())
+    data[8:12] = b"oops"
+    shard.write_bytes(data)
+
+
+def cut_data(folder: Path) -> None:
+    shard = shard_of(folder, UP)
+    os.truncate(shard, shard.stat().st_size - 10)
+
+
+def wrong_byte_range(folder: Path) -> None:
+    shard = shard_of(folder, UP)
+    shard.write_bytes(shard.read_bytes().replace(b'"shape":[48,32]', b'"shape":[48,31]'))
+
+
+def drop_from_index(folder: Path) -> None:
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    patch_json(folder / INDEX, weight_map={name: shard for name, shard in weight_map.items() if name != UP})
+
+
+def drop_from_shard(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.pop(UP))
+
+
+def drop_everywhere(folder: Path) -> None:
+    drop_from_shard(folder)
+    drop_from_index(folder)
+
+
+def wrong_shape(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({UP: torch.zeros(47, 32)}))
+
+
+def integer_weight(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({UP: torch.zeros(48, 32, dtype=torch.int8)}))
+
+
+def nan_weight(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors[UP].__setitem__((3, 5), float("nan")))
+
+
+def inf_elsewhere(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shard = shard_of(folder, "model.norm.weight")
+    tensors = load_file(shard)
+    tensors["model.norm.weight"][7] = float("inf")
+    save_file(tensors, shard)
+
+
+def unknown_architecture(folder: Path) -> None:
+    patch_json(folder / "config.json", model_type="gpt2")
+
+
+def quantised(folder: Path) -> None:
+    patch_json(folder / "config.json", quantization_config={"quant_method": "gptq"})
+
+
+def no_width(folder: Path) -> None:
+    patch_json(folder / "config.json", intermediate_size=None)
+
+
+def bad_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def no_weights(folder: Path) -> None:
+    (folder / INDEX).unlink()
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+BAD_SOURCES = [
+    (remove_shard, ["model-0000", "missing"]),
+    (truncate_header, ["model-0000", "cut short in its header"]),
+    (empty_shard, ["model-0000", "not a safetensors file"]),
+    (corrupt_header, ["model-0000", "corrupt safetensors header"]),
+    (cut_data, ["model-0000", "cut short: tensor"]),
+    (wrong_byte_range, ["model-0000", "corrupt safetensors header: tensor"]),
+    (drop_from_index, ["model-0000", UP, "absent from model.safetensors.index.json"]),
+    (drop_from_shard, ["model-0000", UP, "is not in it"]),
+    (drop_everywhere, ["src", UP, "no shard or index"]),
+    (wrong_shape, ["model-0000", UP, "[47, 32]", "[48, 32]"]),
+    (integer_weight, ["model-0000", UP, "I8"]),
+    (nan_weight, ["model-0000", UP, "nan", f"element {3 * 32 + 5}"]),
+    (inf_elsewhere, ["model-0000", "model.norm.weight", "inf", "element 7"]),
+    (unknown_architecture, ["config.json", "'gpt2'", "llama, mistral, qwen2, qwen3"]),
+    (quantised, ["config.json", "quantised", "gptq"]),
+    (no_width, ["config.json", "intermediate_size"]),
+    (bad_config, ["config.json", "not valid JSON"]),
+    (no_config, ["config.json", "no such file"]),
+    (no_weights, ["src", "no model.safetensors.index.json and no model.safetensors"]),
+]
+BAD_OPTIONS = [
+    (["--ratio", "1"], ["ratio", "[0, 1)"]),
+    (["--ratio", "-0.1"], ["ratio", "[0, 1)"]),
+    (["--ratio", "nan"], ["ratio", "[0, 1)"]),
+    (["--ratio", "0.99"], ["ratio", "leaves no unit of the 48 of layers.0.mlp"]),
+    (["--width", "0"], ["width", "1 to 48", "layers.0.mlp"]),
+    (["--width", "49"], ["width", "1 to 48"]),
+    (["--ratio", "0.2", "--layers", "2-3"], ["no layer 3", "layers 0 to 2"]),
+    (["--ratio", "0.2", "--layers", "x"], ["layers", "'x'"]),
+    (["--ratio", "0.2", "--multiple-of", "64"], ["multiple_of", "64"]),
+    (["--ratio", "0.2", "--multiple-of", "0"], ["multiple_of"]),
+    (["--ratio", "0.2", "--dtype", "int4"], ["dtype", "int4", "bfloat16"]),
+    (["--ratio", "0.2", "--max-shard-size", "big"], ["max_shard_size", "'big'"]),
+    (["--ratio", "0.2", "--backend", "cuda"], ["backend", "'cuda'", "cpu"]),
+]
+
+
+def check_refused(code: int, error: str, names: list[str]) -> None:
+    assert code == 2, error
+    assert error.startswith("pyfold: ")
+    assert error.count("\n") == 1, error
+    for name in names:
+        assert name in error, error
+
+
+@pytest.mark.parametrize(("spoil", "names"), BAD_SOURCES, ids=[case[0].__name__ for case in BAD_SOURCES])
+@pytest.mark.parametrize("overwrite", [False, True], ids=["absent", "overwrite"])
+def test_bad_sources(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None], names: list[str], overwrite: bool
+) -> None:
+    bad, dst = tmp_path / "src", tmp_path / "dst"
+    shutil.copytree(source, bad)
+    spoil(bad)
+    if overwrite:
+        tiny_checkpoint(dst, "qwen2")
+    before = tree(tmp_path)
+    capsys.readouterr()
+    code = cli.main(["fold", str(bad), str(dst), "--ratio", "0.25", *(["--overwrite"] if overwrite else [])])
+    check_refused(code, capsys.readouterr().err, names)
+    assert tree(tmp_path) == before
+    assert dst.exists() == overwrite
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == (["dst", "src"] if overwrite else ["src"])
+
+
+@pytest.mark.parametrize(("options", "names"), BAD_OPTIONS, ids=[" ".join(case[0]) for case in BAD_OPTIONS])
+def test_bad_options(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], names: list[str]) -> None:
+    code = cli.main(["fold", str(source), str(tmp_path / "dst"), *options])
+    check_refused(code, capsys.readouterr().err, names)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_destinations(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inside = tmp_path / "src"
+    shutil.copytree(source, inside)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    before = tree(tmp_path)
+    for src, dst, extra, names in (
+        (inside, inside / "out", [], ["in one another"]),
+        (inside, inside, ["--overwrite"], ["in one another"]),
+        (inside, tmp_path, ["--overwrite"], ["in one another"]),
+        (inside, tmp_path / "full", [], ["not empty", "thesis.tex", "--overwrite"]),
+        (inside, tmp_path / "full", ["--overwrite"], ["holds no checkpoint"]),
+        (inside, tmp_path / "file", [], ["is a file"]),
+        (tmp_path / "nowhere", tmp_path / "dst", [], ["nowhere", "no such folder"]),
+        (inside / "config.json", tmp_path / "dst", [], ["expected a checkpoint folder, got a file"]),
+    ):
+        code = cli.main(["fold", str(src), str(dst), "--ratio", "0.25", *extra])
+        check_refused(code, capsys.readouterr().err, names)
+        assert tree(tmp_path) == before
+    assert not (tmp_path / "dst").exists()
+
+
+def test_empty_destination_is_used_and_overwrite_replaces_everything(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "dst").mkdir()
+    assert run_cli("fold", source, tmp_path / "dst", "--ratio", "0.25", "--layers", "1", "--max-shard-size", "9KB").returncode == 0
+    assert run_cli("fold", source, tmp_path / "dst", "--ratio", "0.5", "--overwrite").returncode == 0
+    assert run_cli("fold", source, tmp_path / "fresh", "--ratio", "0.5").returncode == 0
+    assert tree(tmp_path / "dst") == tree(tmp_path / "fresh"), "no stale shard, no stale modeling file"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dst", "fresh"]
+
+
+def test_overflow_of_a_narrower_dtype_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tiny_checkpoint(tmp_path / "src")
+    rewrite(source, lambda tensors: tensors[UP].__setitem__((0, 0), 1e6))
+    for ratio in ("0", "0.25"):
+        capsys.readouterr()
+        code = cli.main(["fold", str(source), str(tmp_path / "dst"), "--ratio", ratio, "--dtype", "float16"])
+        check_refused(code, capsys.readouterr().err, ["model-0000", UP, "inf"])
+        assert not (tmp_path / "dst").exists()
+
+
+def test_write_failure_is_one_line_and_exit_1(source: Path, tmp_path: Path) -> None:
+    """A real one: the kernel refuses to let the file grow."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    done = run_cli("fold", source, tmp_path / "dst", "--ratio", "0.25", preexec_fn=limit)
+    assert done.returncode == 1
+    assert "model.safetensors: cannot write: File too large" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_read_failure_is_one_line_and_exit_1(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    assert cli.main(["fold", str(source), str(tmp_path / "dst"), "--ratio", "0.25"]) == 1
+    error = capsys.readouterr().err
+    assert "model-0000" in error
+    assert "cannot read: Input/output error" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_disk_is_seen_before_a_weight_is_read(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    assert cli.main(["fold", str(source), str(tmp_path / "dst"), "--ratio", "0.25"]) == 1
+    assert "1 are free" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def slow_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some seconds of work."""
+    return write_synthetic(tmp_path_factory.mktemp("slow") / "src", 16, 2048, 512)
+
+
+def interrupt(source: Path, dst: Path, how: signal.Signals, *options: str) -> tuple[int, str]:
+    """Start a fold and send it a signal once it is writing weights."""
+    command = [sys.executable, "-m", "pyfold", "fold", str(source), str(dst), "--ratio", "0.25", *options]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    partial = dst.with_name(dst.name + ".pyfold-partial")
+    deadline = time.monotonic() + 120
+    while not list(partial.glob("*.safetensors")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(how)
+    error = process.communicate()[1]
+    return process.returncode, error
+
+
+def test_ctrl_c_leaves_nothing(slow_source: Path, tmp_path: Path) -> None:
+    code, error = interrupt(slow_source, tmp_path / "dst", signal.SIGINT)
+    assert code == 130
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_run_leaves_no_result_and_the_next_one_cleans_up(slow_source: Path, tmp_path: Path) -> None:
+    code, _ = interrupt(slow_source, tmp_path / "dst", signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert [entry.name for entry in tmp_path.iterdir()] == ["dst.pyfold-partial"]
+    left = {entry.name for entry in (tmp_path / "dst.pyfold-partial").iterdir()}
+    assert not left & {"config.json", INDEX}, "nothing that a loader opens"
+    assert run_cli("fold", slow_source, tmp_path / "dst", "--ratio", "0.25").returncode == 0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["dst"]
+
+
+def test_the_old_result_survives_a_killed_overwrite(slow_source: Path, tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "dst")
+    before = tree(tmp_path / "dst")
+    code, _ = interrupt(slow_source, tmp_path / "dst", signal.SIGKILL, "--overwrite")
+    assert code == -signal.SIGKILL
+    assert tree(tmp_path / "dst") == before
+    load(tmp_path / "dst")
+
+
+def test_a_second_run_on_the_same_destination_refuses(slow_source: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pyfold", "fold", str(slow_source), str(tmp_path / "dst"), "--ratio", "0.25"]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not list((tmp_path / "dst.pyfold-partial").glob("*.safetensors")):
+        assert first.poll() is None
+        time.sleep(0.005)
+    second = run_cli("fold", slow_source, tmp_path / "dst", "--ratio", "0.25")
+    assert second.returncode == 2
+    assert "another pyfold is writing it" in second.stderr
+    assert first.wait() == 0
+    assert (tmp_path / "dst" / "config.json").exists()

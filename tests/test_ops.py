@@ -1,0 +1,207 @@
+"""Every op on every SIMD level and dtype, at odd shapes, against the fp64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyfold import ops
+from pyfold.clustering import labels_of
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SIZES = [1, 3, 7, 47, 48, 49, 127, 129, 400]
+FEATURES = [1, 5, 127, 512, 513, 1100]
+
+
+def rows(n: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def random_labels(n: int, k: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.cat([torch.arange(k), torch.randint(0, k, (n - k,), generator=generator)])
+    return labels[torch.randperm(n, generator=generator)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("d", FEATURES)
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_gram_matches_reference(backend: str, dtype: torch.dtype, n: int, d: int, transposed: bool) -> None:
+    x = rows(n, d, dtype)
+    stored = x.T.contiguous() if transposed else x
+    got = ops.gram(stored, transposed=transposed, backend=backend)
+    expected = x.double() @ x.double().T
+    norms = expected.diagonal().sqrt()
+    assert torch.equal(got, got.T)
+    assert float(((got - expected).abs() / (norms[:, None] * norms[None, :]).clamp_min(1e-30)).max()) < 2e-6
+
+
+def test_gram_accumulates_parts_in_place(backend: str) -> None:
+    x = rows(130, 1100)
+    whole = ops.gram(x, backend=backend)
+    parts = ops.gram(x[:, :512].contiguous(), backend=backend)
+    ops.gram(x[:, 512:], out=parts, accumulate=True, backend=backend)  # a strided view
+    assert torch.equal(whole, parts)
+
+
+def test_gram_entries_depend_on_their_rows_alone(backend: str) -> None:
+    x = rows(301, 700)
+    x[200] = x[3]
+    order = torch.randperm(301, generator=torch.Generator().manual_seed(2))
+    g = ops.gram(x, backend=backend)
+    assert torch.equal(ops.gram(x[order].contiguous(), backend=backend), g[order][:, order])
+    assert g[3, 3] == g[200, 200] == g[3, 200]
+
+
+@pytest.mark.parametrize("k", [1, 2, 20, 63, 126, 127])
+def test_ward_matches_reference(backend: str, k: int) -> None:
+    g = ops.gram(rows(127, 40), backend="reference")
+    weights = torch.rand(127, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + 0.5
+    before = g.clone()
+    got = ops.ward(g, k, weights=weights, backend=backend)
+    expected = ops.ward(g, k, weights=weights, backend="reference")
+    assert torch.equal(g, before), "the matrix is as it was"
+    assert torch.equal(labels_of(got, 127), labels_of(expected, 127))
+    torch.testing.assert_close(got.height, expected.height, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 20, 63, 100, 127])
+def test_hartigan_matches_reference(backend: str, k: int) -> None:
+    g = ops.gram(rows(127, 40), backend="reference")
+    weights = torch.rand(127, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + 0.5
+    start = random_labels(127, k)
+    labels, gains = ops.hartigan(g, start, k, weights=weights, backend=backend)
+    expected, expected_gains = ops.hartigan(g, start, k, weights=weights, backend="reference")
+    assert torch.equal(labels, expected)
+    torch.testing.assert_close(gains, expected_gains)
+
+
+@pytest.mark.parametrize("k", [3, 30, 90])
+def test_each_move_lowers_the_inertia_by_its_gain(backend: str, k: int) -> None:
+    g = ops.gram(rows(127, 20))
+    start = random_labels(127, k)
+    _, gains = ops.hartigan(g, start, k, backend=backend)
+    assert len(gains) > 20
+    assert bool((gains > 0).all())
+    inertia = ops.inertia(g, start, k)
+    for moves in range(1, len(gains) + 1, 5):
+        labels, first = ops.hartigan(g, start, k, max_moves=moves, backend=backend)
+        assert torch.equal(first, gains[:moves])
+        assert ops.inertia(g, labels, k) == pytest.approx(inertia - float(gains[:moves].sum()), rel=1e-9)
+
+
+def test_hartigan_keeps_sums_of_large_clusters_right(backend: str) -> None:
+    centres = rows(3, 8) * 4
+    x = centres.repeat_interleave(100, 0) + rows(300, 8, seed=1)
+    g = ops.gram(x)
+    labels, gains = ops.hartigan(g, random_labels(300, 3), 3, backend=backend)
+    expected, _ = ops.hartigan(g, random_labels(300, 3), 3, backend="reference")
+    assert len(gains) > 100
+    assert torch.equal(labels, expected)
+
+
+@pytest.mark.parametrize("to", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "d", "k"), [(1, 1, 1), (7, 3, 4), (129, 1100, 64), (48, 33, 48), (60, 5, 1)])
+def test_merges_match_reference(backend: str, dtype: torch.dtype, to: torch.dtype, n: int, d: int, k: int) -> None:
+    x = rows(n, d, dtype)
+    labels = random_labels(n, k)
+    weights = torch.rand(n, dtype=torch.float64) + 0.5
+    scale = torch.rand(n) + 0.5
+    # One rounding of the result, and fp32 sums of up to 60 terms before it.
+    tolerance = {"rtol": 1.01 * torch.finfo(to).eps, "atol": 60 * 1.2e-7}
+    for w in (None, weights):
+        expected = ops.merge_rows(x, labels, k, weights=w, dtype=torch.float32, backend="reference")
+        got = ops.merge_rows(x, labels, k, weights=w, dtype=to, backend=backend)
+        torch.testing.assert_close(got.float(), expected, **tolerance)
+    columns = x.T.contiguous()
+    for s in (None, scale):
+        expected = ops.merge_columns(columns, labels, k, scale=s, dtype=torch.float32, backend="reference")
+        got = ops.merge_columns(columns, labels, k, scale=s, dtype=to, backend=backend)
+        torch.testing.assert_close(got.float(), expected, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_16_bit_pattern_keeps_its_bits(backend: str, dtype: torch.dtype) -> None:
+    """Rows and columns alone in their cluster, through the fp32 path where there is one: subnormals, signed zeros, the largest."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    x = bits.view(dtype)
+    x = x[torch.isfinite(x)]
+    alone = torch.arange(len(x))
+    assert torch.equal(ops.merge_rows(x, alone, len(x), backend=backend).view(torch.int16), x.view(torch.int16))
+    merged = ops.merge_columns(x[None, :], alone, len(x), backend=backend)
+    assert torch.equal(merged[0].view(torch.int16), x.view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_narrowing_rounds_like_torch(backend: str, dtype: torch.dtype) -> None:
+    x = torch.cat([torch.randn(4000) * 10.0 ** torch.randint(-9, 5, (4000,)), torch.tensor([65519.0, 65520.0, -0.0, 2.0**-25])])
+    alone = torch.arange(len(x))
+    got = ops.merge_columns(x[None, :], alone, len(x), dtype=dtype, backend=backend)[0]
+    assert torch.equal(got, x.to(dtype))
+
+
+def test_merging_equal_rows_gives_the_row(backend: str) -> None:
+    for dtype in DTYPES:
+        x = rows(4, 300, dtype).repeat_interleave(torch.tensor([1, 2, 5, 9]), 0)
+        labels = torch.arange(4).repeat_interleave(torch.tensor([1, 2, 5, 9]))
+        eps = torch.finfo(torch.float32).eps if dtype == torch.float32 else 0.0
+        merged = ops.merge_rows(x, labels, 4, backend=backend)
+        torch.testing.assert_close(merged, rows(4, 300, dtype), rtol=4 * eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_first_nonfinite(backend: str, dtype: torch.dtype, value: float) -> None:
+    x = torch.zeros(200_001, dtype=dtype)
+    assert ops.first_nonfinite(x, backend=backend) is None
+    x[[70_001, 200_000]] = value
+    assert ops.first_nonfinite(x, backend=backend) == 70_001
+
+
+def test_results_are_bitwise_equal_on_one_and_two_threads(backend: str) -> None:
+    x = rows(500, 1300)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        g = ops.gram(x, backend=backend)
+        joins = ops.ward(g, 250, backend=backend)
+        labels, gains = ops.hartigan(g, labels_of(joins, 500), 250, backend=backend)
+        merged = ops.merge_rows(x, labels, 250, backend=backend), ops.merge_columns(x.T.contiguous(), labels, 250, backend=backend)
+        results.append((g, *joins, labels, gains, *merged))
+    torch.set_num_threads(2)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_inertia_is_the_sum_of_squares() -> None:
+    x = rows(90, 30)
+    weights = torch.rand(90, dtype=torch.float64) + 0.5
+    labels = random_labels(90, 20)
+    centroids = ops.merge_rows(x, labels, 20, weights=weights, backend="reference").double()
+    expected = float((weights[:, None] * (x.double() - centroids[labels]) ** 2).sum())
+    assert ops.inertia(ops.gram(x), labels, 20, weights) == pytest.approx(expected, rel=1e-6)
+
+
+def test_bad_tensors_say_expected_and_got() -> None:
+    g = ops.gram(rows(5, 3))
+    labels = torch.tensor([0, 0, 1, 1, 2])
+    for error, match, call in (
+        (TypeError, "x: expected float32, float16 or bfloat16, got torch.int64", lambda: ops.gram(torch.ones(2, 2).long())),
+        (ValueError, r"x: expected a non-empty matrix, got shape \(0, 3\)", lambda: ops.gram(torch.ones(0, 3))),
+        (ValueError, "x: expected contiguous rows", lambda: ops.gram(rows(4, 5).T)),
+        (ValueError, r"out: expected shape \(5, 5\), got \(3, 3\)", lambda: ops.gram(rows(5, 3), out=torch.empty(3, 3))),
+        (ValueError, "n_clusters: expected 1 to 5 .*, got 6", lambda: ops.ward(g, 6)),
+        (ValueError, "n_clusters: expected 1 to 5 .*, got 0", lambda: ops.ward(g, 0)),
+        (ValueError, "weights: expected positive", lambda: ops.ward(g, 2, weights=torch.tensor([1.0, 1, 1, 1, -1]))),
+        (ValueError, r"weights: expected shape \(5,\)", lambda: ops.ward(g, 2, weights=torch.ones(4))),
+        (ValueError, "labels: expected int64", lambda: ops.hartigan(g, labels.int(), 3)),
+        (ValueError, r"labels: expected values in \[0, 2\), got 0 to 2", lambda: ops.hartigan(g, labels, 2)),
+        (ValueError, "got none in cluster 3", lambda: ops.merge_rows(rows(5, 3), labels, 4)),
+        (ValueError, "scale: expected float32", lambda: ops.merge_columns(rows(3, 5), labels, 3, scale=torch.ones(4))),
+        (ValueError, "backend: expected auto, cpu, reference, got 'cuda'", lambda: ops.gram(rows(2, 2), backend="cuda")),
+        (ValueError, "this build and CPU have the SIMD levels", lambda: ops.gram(rows(2, 2), backend="cpu:sve")),
+    ):
+        with pytest.raises(error, match=match):
+            call()
