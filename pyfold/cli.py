@@ -159,7 +159,9 @@ def _progress_bar(args: argparse.Namespace, unit: str) -> Iterator[Progress | No
         return
     from tqdm import tqdm
 
-    with tqdm(unit=unit, unit_scale=True, dynamic_ncols=True, leave=False) as bar:
+    # A terminal that does not know its size says 0 x 0, and tqdm would then print nothing.
+    columns, lines = os.get_terminal_size(sys.stderr.fileno())
+    with tqdm(unit=unit, unit_scale=True, ncols=columns or 80, nrows=lines or 24, leave=False) as bar:
 
         def show(done: int, total: int, what: str) -> None:
             bar.total = total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -73,11 +74,14 @@ def test_json_and_quiet(source: Path, tmp_path: Path) -> None:
 def test_progress_bar_on_a_terminal(source: Path, tmp_path: Path) -> None:
     main, terminal = pty.openpty()
     command = [sys.executable, "-m", "pyfold", "fold", str(source), str(tmp_path / "dst"), "--ratio", "0.25"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal, cwd=ROOT, timeout=300)
-    shown = os.read(main, 65536).decode()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=terminal, cwd=ROOT)
     os.close(terminal)
+    shown = ""
+    with contextlib.suppress(OSError):  # how the end of a pseudo-terminal reads
+        while chunk := os.read(main, 65536):
+            shown += chunk.decode()
     os.close(main)
-    assert done.returncode == 0
+    assert process.wait() == 0
     assert "layers.2.mlp" in shown
     assert "%" in shown
 
@@ -93,7 +97,9 @@ def test_inspect_reads_headers_only(source: Path, tmp_path: Path) -> None:
         os.truncate(shard, size)
     shown = run_cli("inspect", hollow, "--ratio", "0.25", "--layers", "0-1")
     assert shown.returncode == 0
-    assert shown.stdout == run_cli("inspect", source, "--ratio", "0.25", "--layers", "0-1").stdout.replace(str(source), str(hollow))
+    assert shown.stdout == run_cli("inspect", source, "--ratio", "0.25", "--layers", "0-1").stdout.replace(
+        str(source), str(hollow)
+    )
     assert "layers.0.mlp" in shown.stdout
     assert "per-layer" in shown.stdout
     result = json.loads(run_cli("inspect", source, "--json").stdout)
@@ -287,7 +293,12 @@ def check_refused(code: int, error: str, names: list[str]) -> None:
 @pytest.mark.parametrize(("spoil", "names"), BAD_SOURCES, ids=[case[0].__name__ for case in BAD_SOURCES])
 @pytest.mark.parametrize("overwrite", [False, True], ids=["absent", "overwrite"])
 def test_bad_sources(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None], names: list[str], overwrite: bool
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path], None],
+    names: list[str],
+    overwrite: bool,
 ) -> None:
     bad, dst = tmp_path / "src", tmp_path / "dst"
     shutil.copytree(source, bad)
@@ -304,7 +315,9 @@ def test_bad_sources(
 
 
 @pytest.mark.parametrize(("options", "names"), BAD_OPTIONS, ids=[" ".join(case[0]) for case in BAD_OPTIONS])
-def test_bad_options(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], names: list[str]) -> None:
+def test_bad_options(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], names: list[str]
+) -> None:
     code = cli.main(["fold", str(source), str(tmp_path / "dst"), *options])
     check_refused(code, capsys.readouterr().err, names)
     assert not list(tmp_path.iterdir())
@@ -335,7 +348,9 @@ def test_bad_destinations(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_empty_destination_is_used_and_overwrite_replaces_everything(source: Path, tmp_path: Path) -> None:
     (tmp_path / "dst").mkdir()
-    assert run_cli("fold", source, tmp_path / "dst", "--ratio", "0.25", "--layers", "1", "--max-shard-size", "9KB").returncode == 0
+    assert (
+        run_cli("fold", source, tmp_path / "dst", "--ratio", "0.25", "--layers", "1", "--max-shard-size", "9KB").returncode == 0
+    )
     assert run_cli("fold", source, tmp_path / "dst", "--ratio", "0.5", "--overwrite").returncode == 0
     assert run_cli("fold", source, tmp_path / "fresh", "--ratio", "0.5").returncode == 0
     assert tree(tmp_path / "dst") == tree(tmp_path / "fresh"), "no stale shard, no stale modeling file"

@@ -58,7 +58,9 @@ def test_real_layers_against_scipy(smollm2_features: dict[int, torch.Tensor], la
 
 @pytest.mark.parametrize("layer", [0, 14, 20, 29])
 @pytest.mark.parametrize("share", [0.5, 0.8])
-def test_inertia_never_rises_between_refinement_passes(smollm2_features: dict[int, torch.Tensor], layer: int, share: float) -> None:
+def test_inertia_never_rises_between_refinement_passes(
+    smollm2_features: dict[int, torch.Tensor], layer: int, share: float
+) -> None:
     x = smollm2_features[layer]
     k = int(share * len(x))
     g = ops.gram(x)
@@ -178,9 +180,7 @@ def test_gram_input_is_left_alone_and_numpy_is_taken() -> None:
 
 def test_reference_backend_agrees(smollm2_features: dict[int, torch.Tensor]) -> None:
     x = smollm2_features[14][:200].contiguous()
-    assert torch.equal(
-        pyfold.cluster(x, n_clusters=120).labels, pyfold.cluster(x, n_clusters=120, backend="reference").labels
-    )
+    assert torch.equal(pyfold.cluster(x, n_clusters=120).labels, pyfold.cluster(x, n_clusters=120, backend="reference").labels)
 
 
 def test_norms_far_apart() -> None:

@@ -124,7 +124,7 @@ def test_merges_match_reference(backend: str, dtype: torch.dtype, to: torch.dtyp
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_16_bit_pattern_keeps_its_bits(backend: str, dtype: torch.dtype) -> None:
-    """Rows and columns alone in their cluster, through the fp32 path where there is one: subnormals, signed zeros, the largest."""
+    """Rows and columns alone in their cluster, through the fp32 path: subnormals, signed zeros, the largest."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     x = bits.view(dtype)
     x = x[torch.isfinite(x)]
@@ -168,7 +168,10 @@ def test_results_are_bitwise_equal_on_one_and_two_threads(backend: str) -> None:
         g = ops.gram(x, backend=backend)
         joins = ops.ward(g, 250, backend=backend)
         labels, gains = ops.hartigan(g, labels_of(joins, 500), 250, backend=backend)
-        merged = ops.merge_rows(x, labels, 250, backend=backend), ops.merge_columns(x.T.contiguous(), labels, 250, backend=backend)
+        merged = (
+            ops.merge_rows(x, labels, 250, backend=backend),
+            ops.merge_columns(x.T.contiguous(), labels, 250, backend=backend),
+        )
         results.append((g, *joins, labels, gains, *merged))
     torch.set_num_threads(2)
     for other in results[1:]:

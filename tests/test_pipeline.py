@@ -7,7 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BACKENDS, FAMILIES, load, logits, prompt, run_cli, tensors_of, tiny_checkpoint, tiny_model, tree, write_synthetic
+from conftest import (
+    BACKENDS,
+    FAMILIES,
+    load,
+    logits,
+    prompt,
+    run_cli,
+    tensors_of,
+    tiny_checkpoint,
+    tiny_model,
+    tree,
+    write_synthetic,
+)
 
 import pyfold
 from pyfold import ops
@@ -215,7 +227,10 @@ def test_result_files(tmp_path: Path, smollm2: Path) -> None:
     weight = tensors_of(smollm2)["model.layers.14.mlp.up_proj.weight"]
     digest = hashlib.sha256(weight.view(torch.uint8).numpy().tobytes()).hexdigest()
     assert identity["source_sha256"]["model.layers.14.mlp.up_proj.weight"] == digest
-    before, after = json.loads((smollm2 / "config.json").read_text()), json.loads((tmp_path / "dst" / "config.json").read_text())
+    before, after = (
+        json.loads((smollm2 / "config.json").read_text()),
+        json.loads((tmp_path / "dst" / "config.json").read_text()),
+    )
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     assert changed == {"per_layer_config", "architectures", "auto_map"}
     assert report.parameters_after == sum(tensor.numel() for tensor in tensors_of(tmp_path / "dst").values())
@@ -282,5 +297,7 @@ def test_peak_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
         done = run_cli("fold", source, tmp_path / f"dst{n_layers}", "--ratio", "0.2", "--json", "--max-shard-size", "100MB")
         assert done.returncode == 0, done.stderr
         peaks[n_layers] = json.loads(done.stdout)["peak_rss_bytes"]
-    print(f"VmHWM: 4 layers {peaks[4] / 2**20:.1f} MiB, 16 layers {peaks[16] / 2**20:.1f} MiB, a layer {layer_bytes / 2**20:.1f} MiB")
+    print(
+        f"VmHWM: {peaks[4] / 2**20:.1f} MiB for 4 layers, {peaks[16] / 2**20:.1f} for 16; a layer has {layer_bytes / 2**20:.1f}"
+    )
     assert peaks[16] - peaks[4] < layer_bytes

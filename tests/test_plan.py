@@ -23,13 +23,17 @@ def test_ratio_is_taken_as_written(ratio: float, width: int, k: int) -> None:
     assert target_width(group(width), ratio, None) == k
 
 
-@pytest.mark.parametrize(("ratio", "width"), [(1.0, None), (-0.1, None), (float("nan"), None), (0.95, None), (None, 0), (None, 11)])
+@pytest.mark.parametrize(
+    ("ratio", "width"), [(1.0, None), (-0.1, None), (float("nan"), None), (0.95, None), (None, 0), (None, 11)]
+)
 def test_impossible_widths(ratio: float | None, width: int | None) -> None:
     with pytest.raises(PyfoldError, match=r"ratio|width"):
         target_width(group(10), ratio, width)
 
 
-@pytest.mark.parametrize(("k", "multiple", "rounded"), [(8806, 256, 8704), (8832, 256, 8960), (1, 256, 256), (11008, 4096, 8192), (7, 7, 7)])
+@pytest.mark.parametrize(
+    ("k", "multiple", "rounded"), [(8806, 256, 8704), (8832, 256, 8960), (1, 256, 256), (11008, 4096, 8192), (7, 7, 7)]
+)
 def test_rounding_to_a_multiple(k: int, multiple: int, rounded: int) -> None:
     assert round_to_multiple(k, multiple, group(11008)) == rounded
     with pytest.raises(PyfoldError, match="20000 is more than the 11008 units"):
@@ -50,7 +54,14 @@ def test_layers() -> None:
 
 
 def test_sizes() -> None:
-    assert [parse_size(text) for text in ("5GB", "500MB", "2GiB", "1.5kb", "17", 9)] == [5 * 10**9, 5 * 10**8, 2**31, 1500, 17, 9]
+    assert [parse_size(text) for text in ("5GB", "500MB", "2GiB", "1.5kb", "17", 9)] == [
+        5 * 10**9,
+        5 * 10**8,
+        2**31,
+        1500,
+        17,
+        9,
+    ]
     for bad in ("", "5XB", "GB", "-1GB", "0", 0):
         with pytest.raises(PyfoldError, match="max_shard_size"):
             parse_size(bad)
@@ -67,4 +78,9 @@ def test_shards_hold_every_tensor_once_within_the_limit() -> None:
 
 
 def test_natural_order() -> None:
-    assert sorted(["layers.10.a", "layers.2.b", "layers.2.a", "embed"], key=natural) == ["embed", "layers.2.a", "layers.2.b", "layers.10.a"]
+    assert sorted(["layers.10.a", "layers.2.b", "layers.2.a", "embed"], key=natural) == [
+        "embed",
+        "layers.2.a",
+        "layers.2.b",
+        "layers.10.a",
+    ]
