@@ -8,7 +8,7 @@ D = 1728), layers 5, 15 and 25 averaged. Measured there, and printed beside the 
   Gram matrix (Marchenko and Pastur 1967). ``SIGNAL_SHARE`` of the energy lies in ``SIGNAL_RANK`` x D directions, the j-th in
   proportion to ``j^-SPECTRUM_EXPONENT``; a row's loadings on them are Gaussian times log-normal (``LOADING_SIGMA``), because
   with Gaussian ones no two rows come as near as real ones do. Chosen on a grid, for the log-eigenvalues at ranks 1, 2, 3, 5,
-  9 ... 1025 (9 % rms error) and the cosines to the nearest neighbour (median and 90th percentile: real 0.09 to 0.14 and 0.14
+  9 ... 1025 (13 % rms error) and the cosines to the nearest neighbour (median and 90th percentile: real 0.09 to 0.14 and 0.14
   to 0.20, fitted 0.09 and 0.15).
 
 That gives folded inertia within 2 % of the layers' mean at K/N = 0.5 and 0.8. Larger N and D keep these constants: there the

@@ -75,7 +75,7 @@ void merge_columns(const std::string& simd, Address x, int in, int64_t h, int64_
                    Address offsets, Address members, Address scale, Address out, int to, int threads) {
     const Kernels& kernels = level(simd);
     py::gil_scoped_release release;
-    std::vector<float> scratch(threads * (n + n_clusters));
+    std::vector<float> scratch(2 * n + threads * (n + n_clusters));
     kernels.merge_columns(at<void>(x), static_cast<DType>(in), h, n, ld,
                           Clusters{n_clusters, at<int64_t>(offsets), at<int64_t>(members)}, at<float>(scale), at<void>(out),
                           static_cast<DType>(to), scratch.data(), threads);

@@ -27,7 +27,9 @@ class Evaluation:
 def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Model and tokenizer of a checkpoint. Custom code runs only if pyfold itself wrote it, byte for byte."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a bar of our own says how far an evaluation is
     trust = has_own_modeling_file(Path(source), FAMILIES)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source))
@@ -78,12 +80,25 @@ def perplexity(
     PyfoldError
         If the text is too short, or the model cannot be loaded.
     """
+    return score(*load_model(source), text=text, max_tokens=max_tokens, context=context, stride=stride, progress=progress)
+
+
+def score(
+    model: Any,
+    tokenizer: Any,
+    *,
+    text: str | None = None,
+    max_tokens: int | None = None,
+    context: int = 1024,
+    stride: int | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Evaluation:
+    """:func:`perplexity` of a model that is loaded already."""
     stride = context // 2 if stride is None else stride
     if context < 2 or not 1 <= stride <= context or (max_tokens is not None and max_tokens < 2):
         raise PyfoldError(
             f"eval: expected context >= 2, 1 <= stride <= context and tokens >= 2, got {context}, {stride}, {max_tokens}"
         )
-    model, tokenizer = load_model(source)
     ids = tokenizer(default_text() if text is None else text, return_tensors="pt", verbose=False).input_ids[0][:max_tokens]
     if len(ids) < 2:
         raise PyfoldError(f"eval: the text has {len(ids)} tokens; at least 2 are needed")

@@ -46,7 +46,8 @@ struct Kernels {
     // Weighted mean of each cluster's rows: x (N, D) -> out (K, D). weights may be null.
     void (*merge_rows)(const void* x, DType in, int64_t d, int64_t ld, const Clusters& clusters, const double* weights,
                        void* out, DType to, int threads);
-    // Sum of each cluster's scaled columns: x (H, N) -> out (H, K). scale may be null. scratch: threads * (N + K) floats.
+    // Sum of each cluster's scaled columns: x (H, N) -> out (H, K). scale may be null. scratch: 2 N + threads * (N + K) floats.
+    // N < 2^31.
     void (*merge_columns)(const void* x, DType in, int64_t h, int64_t n, int64_t ld, const Clusters& clusters,
                           const float* scale, void* out, DType to, float* scratch, int threads);
     // Index of the first NaN or infinity in x, or -1.

@@ -43,20 +43,29 @@ void merge_rows(const void* x, DType in, int64_t d, int64_t ld, const Clusters& 
 
 void merge_columns(const void* x, DType in, int64_t h, int64_t n, int64_t ld, const Clusters& clusters, const float* scale,
                    void* out, DType to, float* scratch, int threads) {
-    const int64_t n_clusters = clusters.n_clusters;
+    const int64_t n_clusters = clusters.n_clusters, n_rest = n - n_clusters;
+    // Each cluster's first member, one vector gather a row; then the other members, as (cluster, column) pairs in order.
+    int32_t* first = reinterpret_cast<int32_t*>(scratch);
+    int32_t* rest = first + n_clusters;
+    for (int64_t c = 0, at = 0; c < n_clusters; c++) {
+        first[c] = static_cast<int32_t>(clusters.members[clusters.offsets[c]]);
+        for (int64_t m = clusters.offsets[c] + 1; m < clusters.offsets[c + 1]; m++, at++) {
+            rest[2 * at] = static_cast<int32_t>(c);
+            rest[2 * at + 1] = static_cast<int32_t>(clusters.members[m]);
+        }
+    }
+    float* lines = scratch + n_clusters + 2 * n_rest;
     const int64_t share = (h + threads - 1) / threads;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t t = 0; t < threads; t++) {
-        float* line = scratch + t * (n + n_clusters);
-        float* sums = line + n;
+        float* __restrict line = lines + t * (n + n_clusters);
+        float* __restrict sums = line + n;
         for (int64_t r = t * share; r < min_of((t + 1) * share, h); r++) {
             read_floats(x, in, r * ld, n, line);
             if (scale)
                 for (int64_t j = 0; j < n; j++) line[j] *= scale[j];
-            for (int64_t c = 0; c < n_clusters; c++) sums[c] = line[clusters.members[clusters.offsets[c]]];
-            for (int64_t c = 0; c < n_clusters; c++)
-                for (int64_t m = clusters.offsets[c] + 1; m < clusters.offsets[c + 1]; m++)
-                    sums[c] += line[clusters.members[m]];
+            gather(line, first, n_clusters, sums);
+            for (int64_t m = 0; m < n_rest; m++) sums[rest[2 * m]] += line[rest[2 * m + 1]];
             write_floats(sums, n_clusters, out, to, r * n_clusters);
         }
     }

@@ -124,6 +124,21 @@ inline void write_floats(const float* in, int64_t count, void* x, DType dtype, i
     for (; i < count; i++) p[i] = float_to_half(in[i]);
 }
 
+// out[i] = table[index[i]]; compilers leave this loop scalar.
+inline void gather(const float* table, const int32_t* index, int64_t count, float* out) {
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    const __m512 none = _mm512_setzero_ps();
+    for (; i + 16 <= count; i += 16)
+        _mm512_storeu_ps(out + i, _mm512_mask_i32gather_ps(none, 0xffff, _mm512_loadu_si512(index + i), table, 4));
+#elif defined(__AVX2__)
+    for (; i + 8 <= count; i += 8)
+        _mm256_storeu_ps(out + i,
+                         _mm256_i32gather_ps(table, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index + i)), 4));
+#endif
+    for (; i < count; i++) out[i] = table[index[i]];
+}
+
 inline int64_t item_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
