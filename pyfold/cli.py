@@ -28,9 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
         sys.stdout.flush()
         return 0
-    except (PyfoldError, ValueError, TypeError) as error:
-        if not isinstance(error, PyfoldError) and args.debug:
-            raise
+    except PyfoldError as error:
         print(f"pyfold: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
@@ -39,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"pyfold: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except MemoryError as error:
+        print(f"pyfold: not enough memory: {error or 'one fold group and its Gram matrix must fit'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("pyfold: interrupted; the destination is as it was", file=sys.stderr)
@@ -247,4 +248,3 @@ def _width_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
 def _common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar, and for fold no summary")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)

@@ -118,13 +118,17 @@ def fold_checkpoint(
         groups, hashes = _write_weights(checkpoint, plan, stage, backend, progress)
         for file in checkpoint.companions():
             shutil.copyfile(file, stage.partial / file.name)
-        if not plan.uniform:
-            stage.write_text(huggingface.MODELING, huggingface.modeling_file(family))
+        config = huggingface.patched_config(checkpoint, family, plan, dtype)
+        for module in sorted(huggingface.modules(config)):
+            if module == huggingface.MODELING:
+                stage.write_text(module, huggingface.modeling_file(family))
+            elif (checkpoint.path / module).is_file():
+                shutil.copyfile(checkpoint.path / module, stage.partial / module)
         if len(plan.shards) > 1:
             stage.write_text(INDEX, _json(huggingface.index(plan)))
         stage.write_text("README.md", huggingface.model_card(checkpoint, family, plan, options, groups, license))
         stage.write_text("pyfold.json", _json(huggingface.identity(checkpoint, plan, options, backend, groups, hashes)))
-        stage.write_text("config.json", _json(huggingface.patched_config(checkpoint, family, plan, dtype)))
+        stage.write_text("config.json", _json(config))
         report = FoldReport(
             path=Path(dst),
             profile="stock" if plan.uniform else "per-layer",

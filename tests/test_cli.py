@@ -357,6 +357,43 @@ def test_empty_destination_is_used_and_overwrite_replaces_everything(source: Pat
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dst", "fresh"]
 
 
+def test_symlinked_destination_and_source(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "dst").symlink_to(tmp_path / "disk" / "real")
+    (tmp_path / "src").symlink_to(source)
+    assert run_cli("fold", tmp_path / "src", tmp_path / "dst", "--ratio", "0.25").returncode == 0
+    assert (tmp_path / "disk" / "real" / "config.json").exists()
+    load(tmp_path / "dst")
+
+
+def test_a_mount_point_as_destination(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be renamed onto a container's volume: files move out of a folder inside it, config.json and index last."""
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == volume)
+    moved = []
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda a, b: (moved.append(Path(b).name), rename(a, b)))
+    assert cli.main(["fold", str(source), str(volume), "--ratio", "0.25", "--max-shard-size", "30KB", "--quiet"]) == 0
+    assert moved[-2:] == ["config.json", INDEX]
+    assert sorted(moved) == sorted(entry.name for entry in volume.iterdir())
+    load(volume)
+    assert cli.main(["fold", str(source), str(volume), "--ratio", "0.25", "--overwrite"]) == 2
+
+
+def test_custom_code_of_the_source_comes_along(source: Path, tmp_path: Path) -> None:
+    custom = tmp_path / "src"
+    shutil.copytree(source, custom)
+    (custom / "tok.py").write_text("class Tok: pass\n")
+    patch_json(custom / "config.json", auto_map={"AutoTokenizer": "tok.Tok"})
+    run_cli("fold", custom, tmp_path / "a", "--ratio", "0.25", "--layers", "1")
+    run_cli("fold", tmp_path / "a", tmp_path / "b", "--width", "30")
+    both, one = (json.loads((tmp_path / name / "config.json").read_text())["auto_map"] for name in "ab")
+    assert set(both) == {"AutoTokenizer", "AutoModel", "AutoModelForCausalLM"}
+    assert set(one) == {"AutoTokenizer"}
+    assert [file.name for file in (tmp_path / "b").glob("*.py")] == ["tok.py"]
+
+
 def test_overflow_of_a_narrower_dtype_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tiny_checkpoint(tmp_path / "src")
     rewrite(source, lambda tensors: tensors[UP].__setitem__((0, 0), 1e6))

@@ -45,6 +45,11 @@ def modeling_file(family: Family) -> str:
     return _MODELING_TEMPLATE.format(prefix=family.class_prefix, model_type=family.model_type)
 
 
+def modules(config: dict[str, Any]) -> set[str]:
+    """The files of custom code beside a config that it names."""
+    return {str(target).partition(".")[0] + ".py" for target in config.get("auto_map", {}).values() if "--" not in str(target)}
+
+
 def has_own_modeling_file(folder: Path, families: dict[str, Family]) -> bool:
     """Whether the only custom code that a folder's config names is one that pyfold wrote, byte for byte."""
     try:
@@ -52,8 +57,7 @@ def has_own_modeling_file(folder: Path, families: dict[str, Family]) -> bool:
         text = (folder / MODELING).read_text(encoding="utf-8")
     except (OSError, ValueError):
         return False
-    modules = {str(target).partition(".")[0] + ".py" for target in config.get("auto_map", {}).values()}
-    return modules == {MODELING} and text in {modeling_file(family) for family in families.values()}
+    return modules(config) == {MODELING} and text in {modeling_file(family) for family in families.values()}
 
 
 def patched_config(checkpoint: Checkpoint, family: Family, plan: Plan, dtype: str) -> dict[str, Any]:
@@ -70,15 +74,20 @@ def patched_config(checkpoint: Checkpoint, family: Family, plan: Plan, dtype: st
             if width != config[width_key]:
                 overrides.setdefault(layer, {})[width_key] = width
     overrides = {layer: values for layer, values in sorted(overrides.items()) if values}
-    own = f"Folded{family.class_prefix}"
+    own, module = f"Folded{family.class_prefix}", MODELING.removesuffix(".py")
     if overrides:
         config["per_layer_config"] = {str(layer): values for layer, values in overrides.items()}
         config["architectures"] = [f"{own}ForCausalLM"]
-        module = MODELING.removesuffix(".py")
-        config["auto_map"] = {"AutoModel": f"{module}.{own}Model", "AutoModelForCausalLM": f"{module}.{own}ForCausalLM"}
+        config["auto_map"] = {
+            **config.get("auto_map", {}),
+            "AutoModel": f"{module}.{own}Model",
+            "AutoModelForCausalLM": f"{module}.{own}ForCausalLM",
+        }
     elif config.get("architectures") == [f"{own}ForCausalLM"]:  # a per-layer source folded to one width
         config["architectures"] = [f"{family.class_prefix}ForCausalLM"]
-        del config["auto_map"]
+        config["auto_map"] = {key: value for key, value in config["auto_map"].items() if not value.startswith(f"{module}.")}
+        if not config["auto_map"]:
+            del config["auto_map"]
     if dtype != "keep":
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     return config

@@ -33,8 +33,8 @@ class Destination:
         OSError
             If there is not enough disk.
         """
-        self.path = path.absolute()
-        real, real_source = path.resolve(), source.resolve()
+        self.path = real = path.resolve()
+        real_source = source.resolve()
         if real == real_source or real_source in real.parents or real in real_source.parents:
             raise PyfoldError(f"{path}: the destination and the source {source} lie in one another; choose another destination")
         if path.exists() and not path.is_dir():

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pyfold.errors import PyfoldError
 from pyfold.ops import cpu, reference
 
 _ORDER = {"cpu": ("cpu", "reference")}
@@ -27,8 +28,8 @@ def resolve(backend: str, device: torch.device | str = "cpu") -> str:
 
     Raises
     ------
-    ValueError
-        If there is no such backend, or it cannot run here or on this device; says why.
+    PyfoldError
+        A ValueError: if there is no such backend, or it cannot run here or on this device; says why.
     """
     device = torch.device(device)
     reasons = backends()
@@ -36,16 +37,16 @@ def resolve(backend: str, device: torch.device | str = "cpu") -> str:
         backend = next(name for name in _ORDER.get(device.type, ("reference",)) if reasons[name] is None)
     name, _, level = backend.partition(":")
     if name not in reasons:
-        raise ValueError(f"backend: expected auto, {', '.join(reasons)}, got '{backend}'")
+        raise PyfoldError(f"backend: expected auto, {', '.join(reasons)}, got '{backend}'")
     if reasons[name] is not None:
-        raise ValueError(f"backend '{name}' cannot run here: {reasons[name]}")
+        raise PyfoldError(f"backend '{name}' cannot run here: {reasons[name]}")
     if name == "reference":
         return name
     if device.type != "cpu":
-        raise ValueError(f"backend 'cpu' cannot run on {device} tensors; use auto or reference")
+        raise PyfoldError(f"backend 'cpu' cannot run on {device} tensors; use auto or reference")
     levels = cpu.simd_levels()
     if level and level not in levels:
-        raise ValueError(f"backend '{backend}': this build and CPU have the SIMD levels {', '.join(levels)}")
+        raise PyfoldError(f"backend '{backend}': this build and CPU have the SIMD levels {', '.join(levels)}")
     return f"cpu:{level or levels[0]}"
 
 
