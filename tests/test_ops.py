@@ -118,6 +118,9 @@ def test_merges_match_reference(backend: str, dtype: torch.dtype, to: torch.dtyp
         expected = ops.merge_rows(x, labels, k, weights=w, dtype=torch.float32, backend="reference")
         got = ops.merge_rows(x, labels, k, weights=w, dtype=to, backend=backend)
         torch.testing.assert_close(got.float(), expected, **tolerance)
+        out = torch.full((k, d), torch.nan, dtype=to)
+        assert ops.merge_rows(x, labels, k, weights=w, out=out, backend=backend) is out
+        assert torch.equal(out, got)
     columns = x.T.contiguous()
     for s in (None, scale):
         expected = ops.merge_columns(columns, labels, k, scale=s, dtype=torch.float32, backend="reference")
@@ -206,6 +209,7 @@ def test_bad_tensors_say_expected_and_got() -> None:
         (ValueError, r"labels: expected values in \[0, 2\), got 0 to 2", lambda: ops.hartigan(g, labels, 2)),
         (ValueError, "got none in cluster 3", lambda: ops.merge_rows(rows(5, 3), labels, 4)),
         (ValueError, "scale: expected float32", lambda: ops.merge_columns(rows(3, 5), labels, 3, scale=torch.ones(4))),
+        (ValueError, "out: expected contiguous", lambda: ops.merge_rows(rows(5, 3), labels, 3, out=torch.empty(3, 2))),
         (ValueError, "backend: expected auto, cpu, reference, got 'cuda'", lambda: ops.gram(rows(2, 2), backend="cuda")),
         (ValueError, "this build and CPU have the SIMD levels", lambda: ops.gram(rows(2, 2), backend="cpu:sve")),
     ):

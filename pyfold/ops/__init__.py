@@ -143,6 +143,7 @@ def merge_rows(
     *,
     weights: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Weighted mean of the rows of each cluster: ``(UᵀWU)⁻¹ UᵀW x`` with one-hot U (N x K).
@@ -155,6 +156,8 @@ def merge_rows(
     weights : Tensor, (N,), float64, optional
     dtype : torch.dtype, optional
         Of the result; that of ``x`` by default. Rows alone in their cluster then keep their bits.
+    out : Tensor, (K, D) or (K,), contiguous, optional
+        Written in place, which spares the page faults of fresh memory.
 
     Returns
     -------
@@ -163,11 +166,12 @@ def merge_rows(
     matrix = x.unsqueeze(1) if x.dim() == 1 else x
     _check_matrix("x", matrix)
     _check_labels(labels, matrix.shape[0], n_clusters)
-    _check_float("dtype", dtype or x.dtype)
     if weights is not None:
         weights = _weights(weights, x, matrix.shape[0])
-    merged = registry.call("merge_rows", backend, x.device)(matrix, labels, n_clusters, weights, dtype or x.dtype)
-    return merged.squeeze(1) if x.dim() == 1 else merged
+    out = _result(out, (n_clusters, *x.shape[1:]), dtype, x)
+    merged = out.unsqueeze(1) if x.dim() == 1 else out
+    registry.call("merge_rows", backend, x.device)(matrix, labels, n_clusters, weights, merged)
+    return out
 
 
 def merge_columns(
@@ -177,6 +181,7 @@ def merge_columns(
     *,
     scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Sum of the (scaled) columns of each cluster: ``x diag(scale) U`` with one-hot U (N x K).
@@ -189,6 +194,8 @@ def merge_columns(
     scale : Tensor, (N,), float32, optional
     dtype : torch.dtype, optional
         Of the result; that of ``x`` by default. Columns alone in their cluster then keep their bits.
+    out : Tensor, (H, K), contiguous, optional
+        Written in place, which spares the page faults of fresh memory.
 
     Returns
     -------
@@ -196,10 +203,11 @@ def merge_columns(
     """
     _check_matrix("x", x)
     _check_labels(labels, x.shape[1], n_clusters)
-    _check_float("dtype", dtype or x.dtype)
     if scale is not None and (scale.dtype != torch.float32 or scale.shape != labels.shape):
         raise ValueError(f"scale: expected float32 of shape {tuple(labels.shape)}, got {scale.dtype} of {tuple(scale.shape)}")
-    return registry.call("merge_columns", backend, x.device)(x, labels, n_clusters, scale, dtype or x.dtype)
+    out = _result(out, (x.shape[0], n_clusters), dtype, x)
+    registry.call("merge_columns", backend, x.device)(x, labels, n_clusters, scale, out)
+    return out
 
 
 def first_nonfinite(x: Tensor, *, backend: str = "auto") -> int | None:
@@ -255,6 +263,19 @@ def _check_gram(name: str, gram: Tensor, n: int | None = None) -> None:
 def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {tensor.device}")
+
+
+def _result(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None, x: Tensor) -> Tensor:
+    if out is None:
+        _check_float("dtype", dtype or x.dtype)
+        return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
+    _check_float("out", out.dtype)
+    _check_device("out", out, x)
+    if tuple(out.shape) != shape or not out.is_contiguous() or dtype not in (None, out.dtype):
+        raise ValueError(
+            f"out: expected contiguous {dtype or 'floats'} of shape {shape}, got {out.dtype} of {tuple(out.shape)}"
+        )
+    return out
 
 
 def _check_count(n_clusters: int, n: int) -> None:

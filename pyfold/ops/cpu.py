@@ -80,9 +80,8 @@ class CpuBackend:
         )
         return labels, torch.tensor(gains, dtype=torch.float64)
 
-    def merge_rows(self, x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def merge_rows(self, x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None, out: Tensor) -> None:
         offsets, members = _clusters(labels, n_clusters)
-        out = torch.empty((n_clusters, x.shape[1]), dtype=dtype)
         _C.merge_rows(
             self.simd,
             x.data_ptr(),
@@ -94,14 +93,12 @@ class CpuBackend:
             members.data_ptr(),
             0 if weights is None else weights.data_ptr(),
             out.data_ptr(),
-            _DTYPE[dtype],
+            _DTYPE[out.dtype],
             torch.get_num_threads(),
         )
-        return out
 
-    def merge_columns(self, x: Tensor, labels: Tensor, n_clusters: int, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def merge_columns(self, x: Tensor, labels: Tensor, n_clusters: int, scale: Tensor | None, out: Tensor) -> None:
         offsets, members = _clusters(labels, n_clusters)
-        out = torch.empty((x.shape[0], n_clusters), dtype=dtype)
         _C.merge_columns(
             self.simd,
             x.data_ptr(),
@@ -114,10 +111,9 @@ class CpuBackend:
             members.data_ptr(),
             0 if scale is None else scale.contiguous().data_ptr(),
             out.data_ptr(),
-            _DTYPE[dtype],
+            _DTYPE[out.dtype],
             torch.get_num_threads(),
         )
-        return out
 
     def first_nonfinite(self, x: Tensor) -> int | None:
         index = _C.first_nonfinite(self.simd, x.data_ptr(), _DTYPE[x.dtype], x.numel(), torch.get_num_threads())

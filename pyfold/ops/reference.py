@@ -74,27 +74,22 @@ def hartigan(gram: Tensor, labels: Tensor, n_clusters: int, weights: Tensor, max
     return labels, torch.tensor(gains, dtype=torch.float64)
 
 
-def merge_rows(x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+def merge_rows(x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None, out: Tensor) -> None:
     w = torch.ones(len(labels), dtype=torch.float64, device=x.device) if weights is None else weights
     sums = torch.zeros((n_clusters, x.shape[1]), dtype=torch.float64, device=x.device)
     sums.index_add_(0, labels, x.double() * w[:, None])
     mass = torch.zeros(n_clusters, dtype=torch.float64, device=x.device).index_add_(0, labels, w)
-    merged = (sums / mass[:, None]).to(dtype)
-    return _keep_singletons(merged, x, labels, n_clusters) if dtype == x.dtype else merged
+    out.copy_(sums / mass[:, None])
+    alone = torch.bincount(labels, minlength=n_clusters)[labels] == 1
+    out[labels[alone]] = x[alone].to(out.dtype)
 
 
-def merge_columns(x: Tensor, labels: Tensor, n_clusters: int, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def merge_columns(x: Tensor, labels: Tensor, n_clusters: int, scale: Tensor | None, out: Tensor) -> None:
     columns = x.double() if scale is None else x.double() * scale
     sums = torch.zeros((x.shape[0], n_clusters), dtype=torch.float64, device=x.device)
-    return sums.index_add_(1, labels, columns).to(dtype)
+    out.copy_(sums.index_add_(1, labels, columns))
 
 
 def first_nonfinite(x: Tensor) -> int | None:
     bad = (~torch.isfinite(x.flatten())).nonzero()
     return int(bad[0]) if len(bad) else None
-
-
-def _keep_singletons(merged: Tensor, x: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
-    alone = torch.bincount(labels, minlength=n_clusters)[labels] == 1
-    merged[labels[alone]] = x[alone]
-    return merged
