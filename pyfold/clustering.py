@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class Clustering:
 
 
 def cluster(
-    x: Tensor | np.ndarray | None = None,
+    x: Tensor | np.ndarray[Any, Any] | None = None,
     *,
     n_clusters: int,
     gram: Tensor | None = None,
@@ -126,7 +127,7 @@ def canonical(labels: Tensor) -> Tensor:
     return rank[inverse]
 
 
-def _features(x: Tensor | np.ndarray) -> Tensor:
+def _features(x: Tensor | np.ndarray[Any, Any]) -> Tensor:
     features = torch.as_tensor(x)
     if features.dtype == torch.float64:
         features = features.float()

@@ -13,6 +13,7 @@ from conftest import ROOT
 
 SOURCES = sorted(str(file) for file in (ROOT / "csrc").rglob("*") if file.suffix in (".cpp", ".h"))
 KERNELS = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("gram", "ward", "segments", "merge", "level")]
+TOOLS = Path(sys.executable).parent  # of the environment that runs the tests, activated or not
 # Runs pytest with the extension at argv[1] in place of the installed one.
 WITH_EXTENSION = """
 import importlib.util, sys
@@ -41,7 +42,7 @@ def sanitized() -> Path:
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build / 'lib'}",
     ]
-    for command in (["cmake", "-S", ROOT, "-B", build, *options], ["cmake", "--build", build, "--parallel"]):
+    for command in ([TOOLS / "cmake", "-S", ROOT, "-B", build, *options], [TOOLS / "cmake", "--build", build, "--parallel"]):
         done = run(*command)
         assert done.returncode == 0, done.stdout + done.stderr
     return next((build / "lib").glob("_C*.so"))
@@ -149,7 +150,7 @@ def test_calls_release_the_gil() -> None:
     ids=["ruff", "ruff format", "clang-format", "mypy"],
 )
 def test_house_style(command: list[str]) -> None:
-    done = run(sys.executable, "-m", *command) if command[0] in ("ruff", "mypy") else run(*command)
+    done = run(TOOLS / command[0], *command[1:])
     assert done.returncode == 0, done.stdout + done.stderr
 
 
