@@ -27,7 +27,7 @@ FOLDS = {"4 layers, 20 %": "11-14", "8 layers, 20 %": "12-19"}
 def measure(folder: Path) -> tuple[float, str]:
     """Perplexity, and what the model says after PROMPT, greedily."""
     model, tokenizer = load_model(folder)
-    result = score(model, tokenizer, max_tokens=TOKENS, context=CONTEXT)
+    result = score(model, tokenizer, max_tokens=TOKENS, context=CONTEXT, stride=CONTEXT)
     with torch.inference_mode():
         out = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=24, do_sample=False)
     return result.perplexity, " ".join(tokenizer.decode(out[0], skip_special_tokens=True).split())
@@ -53,7 +53,7 @@ def main() -> int:
     for name, layers in FOLDS.items():
         destination = folder / f"smollm2-folded-{layers}"
         folds.append((f"{name} ({layers})", destination, fold(dense, destination, layers)))
-    print(f"measuring perplexity: {TOKENS} tokens of Python's own documentation, context {CONTEXT}\n", flush=True)
+    print(f"measuring perplexity: {TOKENS} tokens of Python's own documentation, in windows of {CONTEXT}\n", flush=True)
     base, said = measure(dense)
     report = folds[0][2]
     head = f"{'model':<24}{'parameters':>13}{'bytes':>13}{'perplexity':>12}{'x dense':>9}{'fold s':>8}{'peak MiB':>10}  backend"
