@@ -12,7 +12,8 @@ from setuptools.command.build_ext import build_ext
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve()
+        # One folder per interpreter, not a temporary one: a second build compiles what changed.
+        build = Path(__file__).resolve().parent / "build" / str(sys.implementation.cache_tag)
         definitions = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(target),

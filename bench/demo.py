@@ -27,7 +27,7 @@ FOLDS = {"4 layers, 20 %": "11-14", "8 layers, 20 %": "12-19"}
 def measure(folder: Path) -> tuple[float, str]:
     """Perplexity, and what the model says after PROMPT, greedily."""
     model, tokenizer = load_model(folder)
-    result = score(model, tokenizer, max_tokens=TOKENS, context=CONTEXT, stride=CONTEXT)
+    result = score(model, tokenizer, max_tokens=TOKENS, context=CONTEXT, stride=CONTEXT - 1)
     with torch.inference_mode():
         out = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=24, do_sample=False)
     return result.perplexity, " ".join(tokenizer.decode(out[0], skip_special_tokens=True).split())

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pyfold: not enough memory: {error or 'one fold group and its Gram matrix must fit'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("pyfold: interrupted; the destination is as it was", file=sys.stderr)
+        print("pyfold: interrupted", file=sys.stderr)
         return 130
 
 
@@ -202,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser(
         "inspect",
-        help="show what can be folded; reads headers only",
+        help="show what can be folded; reads headers only (a model id is downloaded first)",
         description="Show the architecture of SRC, its fold groups with widths and parameters, and what a fold would leave.",
         epilog="Example: pyfold inspect ./model --ratio 0.2 --multiple-of 256",
     )

@@ -82,6 +82,7 @@ def cluster(
     -----
     Ward (1963), greedy on the inertia; Hartigan (1975), one point at a time, best move first. Neither depends on the order
     of the points except where costs tie exactly. Memory 4 N² bytes beside ``x``, time O(N² D) for the Gram matrix.
+    Distances come from fp32 inner products: where the points' mean is large beside their spread, subtract it first.
     """
     if (x is None) == (gram is None):
         raise TypeError("cluster: give either x= (features) or gram= (their inner products)")
@@ -146,3 +147,5 @@ def _check_values(gram: Tensor) -> None:
             f"gram: expected squared norms in [0, {ops.LARGEST_SQUARED_NORM:g}) on the diagonal, got "
             f"{float(diagonal.min()):g} to {float(diagonal.max()):g}; scale the features"
         )
+    if ops.first_nonfinite(gram) is not None:
+        raise ValueError("gram: expected finite values off the diagonal too")

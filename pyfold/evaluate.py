@@ -26,6 +26,8 @@ class Evaluation:
 
 def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Model and tokenizer of a checkpoint. Custom code runs only if pyfold itself wrote it, byte for byte."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -33,9 +35,13 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
     trust = has_own_modeling_file(Path(source), FAMILIES)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source))
-        model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust, "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(source), **options)
+    except (OSError, ValueError, TypeError, IndexError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise PyfoldError(f"{source}: transformers cannot load it: {str(error).strip().splitlines()[0]}") from None
+    model, loading = loaded
+    if loading["missing_keys"]:
+        raise PyfoldError(f"{source}: tensor '{min(loading['missing_keys'])}' is missing; transformers would make it up")
     return model.eval(), tokenizer
 
 
@@ -95,9 +101,9 @@ def score(
 ) -> Evaluation:
     """:func:`perplexity` of a model that is loaded already."""
     stride = context // 2 if stride is None else stride
-    if context < 2 or not 1 <= stride <= context or (max_tokens is not None and max_tokens < 2):
+    if context < 2 or not 1 <= stride <= context - 1 or (max_tokens is not None and max_tokens < 2):
         raise PyfoldError(
-            f"eval: expected context >= 2, 1 <= stride <= context and tokens >= 2, got {context}, {stride}, {max_tokens}"
+            f"eval: expected context >= 2, 1 <= stride < context and tokens >= 2, got {context}, {stride}, {max_tokens}"
         )
     ids = tokenizer(default_text() if text is None else text, return_tensors="pt", verbose=False).input_ids[0][:max_tokens]
     if len(ids) < 2:

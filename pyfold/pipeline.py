@@ -114,7 +114,8 @@ def fold_checkpoint(
         "dtype": dtype,
         "max_shard_size": parse_size(max_shard_size),
     }
-    with Destination(Path(dst), checkpoint.path, overwrite=overwrite, n_bytes=plan.nbytes) as stage:
+    sources = [checkpoint.path / "config.json", *{info.path for info in checkpoint.tensors.values()}, *checkpoint.companions()]
+    with Destination(Path(dst), sources, overwrite=overwrite, n_bytes=plan.nbytes) as stage:
         groups, hashes = _write_weights(checkpoint, plan, stage, backend, progress)
         for file in checkpoint.companions():
             shutil.copyfile(file, stage.partial / file.name)
@@ -219,9 +220,11 @@ def _fold_group(
 def _copy(info: TensorInfo, reader: Reader, writer: _Writer, hashes: dict[str, str], backend: str) -> None:
     """Stream a tensor outside every folded group through, in pieces."""
     digest = hashlib.sha256()
+    to = writer.dtype(info.name)
+    if info.n_parameters == 0:
+        writer.write(info.name, torch.empty(info.shape, dtype=to))
     for at, piece in reader.chunks(info):
         digest.update(as_bytes(piece))
-        to = writer.dtype(info.name)
         _check_finite(info, piece, at, backend)
         if to != piece.dtype:
             piece = piece.to(to)
@@ -247,6 +250,7 @@ class _Writer:
         self._shard_of = {name: shard for shard, names in plan.shards.items() for name in names}
         self._folder = folder
         self._open: dict[str, Shard] = {}
+        self._closed: set[str] = set()
 
     def __enter__(self) -> _Writer:
         return self
@@ -255,7 +259,7 @@ class _Writer:
         for shard in self._open.values():
             shard.close(sync=False)
         if kind is None:
-            assert not self._open, f"shards left incomplete: {sorted(self._open)}"
+            assert self._closed == set(self._plan.shards), f"shards left incomplete: {set(self._plan.shards) - self._closed}"
 
     def dtype(self, name: str) -> torch.dtype:
         return torch_dtype(self._plan.tensors[name][0])
@@ -270,6 +274,7 @@ class _Writer:
         shard.write(name, tensor, at * ITEM_SIZE[self._plan.tensors[name][0]])
         if shard.complete:
             self._open.pop(shard_name).close(sync=True)
+            self._closed.add(shard_name)
 
 
 def _run_record(checkpoint: Checkpoint, report: FoldReport) -> dict[str, Any]:
@@ -287,4 +292,4 @@ def _run_record(checkpoint: Checkpoint, report: FoldReport) -> dict[str, Any]:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(value, indent=2) + "\n"

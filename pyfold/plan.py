@@ -136,12 +136,15 @@ def parse_layers(layers: str | Iterable[int] | None, n_layers: int) -> list[int]
     if isinstance(layers, str):
         chosen: set[int] = set()
         for part in layers.split(","):
-            match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+            match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part)
             if not match or int(match[1]) > int(match[2] or match[1]):
                 raise PyfoldError(f"layers: expected numbers and ranges as in 0,2,5-9, got '{layers}'")
-            chosen.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+            first, last = int(match[1]), int(match[2] or match[1])
+            chosen.update((first, last), range(first, min(last, n_layers) + 1))
     else:
         chosen = set(layers)
+        if not all(isinstance(layer, int) for layer in chosen):
+            raise PyfoldError(f"layers: expected integers, got {sorted(chosen, key=str)}")
     unknown = sorted(layer for layer in chosen if not 0 <= layer < n_layers)
     if unknown or not chosen:
         found = f"there is no layer {unknown[0]}" if unknown else "none were given"
@@ -154,7 +157,7 @@ def parse_size(size: int | str) -> int:
     if isinstance(size, int):
         n_bytes = size
     else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", size, re.IGNORECASE)
+        match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
         if not match:
             raise PyfoldError(f"max_shard_size: expected a size as in 5GB or 500MiB, got '{size}'")
         power = " KMGT".index(match[2].upper() or " ")

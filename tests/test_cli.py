@@ -135,6 +135,12 @@ def test_eval_runs_only_code_that_pyfold_wrote(source: Path, tmp_path: Path) -> 
     assert has_own_modeling_file(folded, FAMILIES)
     (folded / "modeling_pyfold.py").write_text((folded / "modeling_pyfold.py").read_text() + "\nprint('mine')\n")
     assert not has_own_modeling_file(folded, FAMILIES)
+    (folded / "modeling_pyfold.py").write_text((folded / "modeling_pyfold.py").read_text().replace("\nprint('mine')\n", ""))
+    assert has_own_modeling_file(folded, FAMILIES)
+    own = json.loads((folded / "config.json").read_text())["auto_map"]
+    for foreign in ({"AutoModelForCausalLM": "owner/repo--evil.Evil"}, {"AutoConfig": "evil.Evil"}):
+        patch_json(folded / "config.json", auto_map={**own, **foreign})
+        assert not has_own_modeling_file(folded, FAMILIES)
     refused = run_cli("eval", folded)
     assert refused.returncode == 2
     assert "mine" not in refused.stdout
@@ -240,8 +246,54 @@ def no_weights(folder: Path) -> None:
     (folder / INDEX).unlink()
 
 
-def nothing(folder: Path) -> None:
-    pass
+def overlapping(folder: Path) -> None:
+    shard = shard_of(folder, UP)
+    data = shard.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    name = next(name for name in header if name not in ("__metadata__", UP) and header[name]["shape"] == header[UP]["shape"])
+    header[UP]["data_offsets"] = header[name]["data_offsets"]
+    blob = json.dumps(header).encode()
+    shard.write_bytes(struct.pack("<Q", len(blob)) + blob + data[8 + length :])
+
+
+def trailing(folder: Path) -> None:
+    shard = shard_of(folder, UP)
+    shard.write_bytes(shard.read_bytes() + b"extra")
+
+
+def endless_numbers(folder: Path) -> None:
+    shard = shard_of(folder, UP)
+    blob = b'{"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,4]}}'
+    shard.write_bytes(struct.pack("<Q", len(blob)) + blob)
+
+
+def per_layer_nonsense(folder: Path) -> None:
+    patch_json(folder / "config.json", per_layer_config={"a": {}})
+
+
+def per_layer_list(folder: Path) -> None:
+    patch_json(folder / "config.json", per_layer_config=[1])
+
+
+def per_layer_heads(folder: Path) -> None:
+    patch_json(folder / "config.json", per_layer_config={"0": {"num_key_value_heads": 2}})
+
+
+def quantised_oddly(folder: Path) -> None:
+    patch_json(folder / "config.json", quantization_config="gptq")
+
+
+def model_type_list(folder: Path) -> None:
+    patch_json(folder / "config.json", model_type=[1])
+
+
+def auto_map_text(folder: Path) -> None:
+    patch_json(folder / "config.json", auto_map="x")
+
+
+def odd_weight_map(folder: Path) -> None:
+    patch_json(folder / INDEX, weight_map={"a": [1], "b": 3, "c": "x"})
 
 
 BAD_SOURCES = [
@@ -263,6 +315,16 @@ BAD_SOURCES = [
     (no_width, ["config.json", "intermediate_size"]),
     (bad_config, ["config.json", "not valid JSON"]),
     (no_config, ["config.json", "no such file"]),
+    (overlapping, ["model-0000", "corrupt safetensors header"]),
+    (trailing, ["model-0000", "5 bytes after the last tensor"]),
+    (per_layer_nonsense, ["config.json", "per_layer_config"]),
+    (per_layer_list, ["config.json", "per_layer_config", "[1]"]),
+    (per_layer_heads, ["config.json", "num_key_value_heads"]),
+    (quantised_oddly, ["config.json", "quantization_config", "'gptq'"]),
+    (model_type_list, ["config.json", "model_type", "[1]"]),
+    (auto_map_text, ["config.json", "auto_map", "'x'"]),
+    (odd_weight_map, ["src"]),
+    (endless_numbers, ["model-0000", "corrupt safetensors header"]),
     (no_weights, ["src", "no model.safetensors.index.json and no model.safetensors"]),
 ]
 BAD_OPTIONS = [
@@ -274,6 +336,8 @@ BAD_OPTIONS = [
     (["--width", "49"], ["width", "1 to 48"]),
     (["--ratio", "0.2", "--layers", "2-3"], ["no layer 3", "layers 0 to 2"]),
     (["--ratio", "0.2", "--layers", "x"], ["layers", "'x'"]),
+    (["--ratio", "0.2", "--layers", "0-999999999"], ["no layer 3"]),
+    (["--ratio", "0.2", "--layers", "9" * 5000], ["layers"]),
     (["--ratio", "0.2", "--multiple-of", "64"], ["multiple_of", "64"]),
     (["--ratio", "0.2", "--multiple-of", "0"], ["multiple_of"]),
     (["--ratio", "0.2", "--dtype", "int4"], ["dtype", "int4", "bfloat16"]),
@@ -329,6 +393,16 @@ def test_bad_destinations(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("years of work")
     (tmp_path / "file").write_text("")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "config.json").write_text('{"port": 80}')
+    shutil.copytree(source, tmp_path / "repository")
+    (tmp_path / "repository" / ".git").mkdir()
+    shutil.copytree(source, tmp_path / "target")
+    (tmp_path / "links").mkdir()
+    for file in (tmp_path / "target").iterdir():
+        (tmp_path / "links" / file.name).symlink_to(file)
+    (tmp_path / "dst5.pyfold-partial").symlink_to(tmp_path / "full")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     before = tree(tmp_path)
     for src, dst, extra, names in (
         (inside, inside / "out", [], ["in one another"]),
@@ -336,6 +410,12 @@ def test_bad_destinations(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (inside, tmp_path, ["--overwrite"], ["in one another"]),
         (inside, tmp_path / "full", [], ["not empty", "thesis.tex", "--overwrite"]),
         (inside, tmp_path / "full", ["--overwrite"], ["holds no checkpoint"]),
+        (inside, tmp_path / "project", ["--overwrite"], ["holds no checkpoint", "model_type"]),
+        (inside, tmp_path / "repository", ["--overwrite"], ["folders in it (.git)"]),
+        (tmp_path / "links", tmp_path / "target", ["--overwrite"], ["in one another"]),
+        (inside, tmp_path / "dst5", [], ["dst5.pyfold-partial", "did not make it"]),
+        (inside, tmp_path / "loop", [], ["loop"]),
+        (inside, Path(""), ["--overwrite"], ["the current folder"]),
         (inside, tmp_path / "file", [], ["is a file"]),
         (tmp_path / "nowhere", tmp_path / "dst", [], ["nowhere", "no such folder"]),
         (inside / "config.json", tmp_path / "dst", [], ["expected a checkpoint folder, got a file"]),
@@ -375,6 +455,7 @@ def test_a_mount_point_as_destination(source: Path, tmp_path: Path, monkeypatch:
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda a, b: (moved.append(Path(b).name), rename(a, b)))
     assert cli.main(["fold", str(source), str(volume), "--ratio", "0.25", "--max-shard-size", "30KB", "--quiet"]) == 0
+    moved = [name for name in moved if not name.endswith(".trash")]
     assert moved[-2:] == ["config.json", INDEX]
     assert sorted(moved) == sorted(entry.name for entry in volume.iterdir())
     load(volume)

@@ -168,6 +168,32 @@ def test_edge_counts() -> None:
     assert torch.equal(pyfold.cluster(torch.randn(1, 1), n_clusters=1).labels, torch.zeros(1, dtype=torch.int64))
 
 
+def test_refinement_ends_at_the_origin() -> None:
+    """A point at the origin has no energy to measure a gain against: rounding alone must not move it back and forth."""
+    x = torch.tensor([[1.0], [2], [3], [-3], [-1], [-2], [-3], [3], [0]])
+    for k in range(1, 10):
+        for backend in ("cpu", "reference"):
+            result = pyfold.cluster(x, n_clusters=k, backend=backend)
+            assert result.n_moves < 20
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        half = torch.randint(-3, 4, (6, 2), generator=generator).float()
+        x = torch.cat([half, -half, torch.zeros(1, 2)])
+        assert pyfold.cluster(x, n_clusters=int(torch.randint(2, 12, (), generator=generator))).n_moves < 50
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1.0, 1e20])
+def test_the_scale_of_weights_does_not_matter(unit: float) -> None:
+    x = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(60, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
+    expected = pyfold.cluster(x, n_clusters=25, weights=weights)
+    result = pyfold.cluster(x, n_clusters=25, weights=weights * unit)
+    assert torch.equal(result.labels, expected.labels)
+    assert result.inertia == pytest.approx(expected.inertia * unit)
+    rows = pyfold.merge_rows(x, result.labels, 25, weights=weights * unit)
+    torch.testing.assert_close(rows, pyfold.merge_rows(x, result.labels, 25, weights=weights))
+
+
 def test_gram_input_is_left_alone_and_numpy_is_taken() -> None:
     x = np.random.default_rng(0).standard_normal((50, 7))
     g = ops.gram(torch.from_numpy(x).float())
@@ -202,6 +228,8 @@ def test_bad_points_say_what_is_wrong() -> None:
         (ValueError, "expected a non-empty matrix", {"x": torch.randn(3), "n_clusters": 2}),
         (TypeError, "got torch.int64", {"x": torch.ones(3, 3).long(), "n_clusters": 2}),
         (ValueError, "scale the features", {"x": x * 1e16, "n_clusters": 2}),
+        (ValueError, "spread of at most 1e.06", {"x": x, "n_clusters": 2, "weights": torch.tensor([1.0, 1, 1, 1, 1e-7])}),
+        (ValueError, "finite values off the diagonal", {"gram": torch.tensor([[1.0, float("nan")], [0, 1]]), "n_clusters": 1}),
     ):
         with pytest.raises(error, match=match):
             pyfold.cluster(**options)

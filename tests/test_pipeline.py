@@ -255,6 +255,20 @@ def test_folding_a_folded_checkpoint(tmp_path: Path) -> None:
     load(tmp_path / "c")
 
 
+def test_empty_tensors_and_a_single_file_beside_an_index(tmp_path: Path) -> None:
+    """As transformers reads it: model.safetensors before the index; a tensor of no elements still has its place."""
+    from safetensors.torch import save_file
+
+    source = tiny_checkpoint(tmp_path / "src")
+    tensors = {**tensors_of(source), "model.empty": torch.zeros(0, 3)}
+    tensors["model.norm.weight"] = torch.full((32,), 7.0)
+    save_file(tensors, source / "model.safetensors")
+    pyfold.fold_checkpoint(source, tmp_path / "dst", ratio=0.25, max_shard_size=100)
+    after = tensors_of(tmp_path / "dst")
+    assert after["model.empty"].shape == (0, 3)
+    assert torch.equal(after["model.norm.weight"], tensors["model.norm.weight"])
+
+
 def test_dtype_of_the_result(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "src")
     pyfold.fold_checkpoint(source, tmp_path / "dst", ratio=0.25, dtype="bfloat16")

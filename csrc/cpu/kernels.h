@@ -1,5 +1,4 @@
-// The CPU kernels' C interface: plain pointers and sizes in, nothing owned, nothing thrown but std::bad_alloc
-// (raised by the callers in dispatch.cpp, never inside a parallel region).
+// The CPU kernels' C interface: plain pointers and sizes in, nothing owned, nothing thrown.
 //
 // Every kernel is compiled once per SIMD level from the same source into its own namespace; dispatch.cpp picks a table.
 // Shapes: B batch, N points, D features, K clusters, H hidden. All matrices are row-major.

@@ -51,13 +51,18 @@ def modules(config: dict[str, Any]) -> set[str]:
 
 
 def has_own_modeling_file(folder: Path, families: dict[str, Family]) -> bool:
-    """Whether the only custom code that a folder's config names is one that pyfold wrote, byte for byte."""
+    """Whether the custom code that a folder's config names is all pyfold's: the same auto_map, the same file, byte for byte."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         text = (folder / MODELING).read_text(encoding="utf-8")
     except (OSError, ValueError):
         return False
-    return modules(config) == {MODELING} and text in {modeling_file(family) for family in families.values()}
+    return any(config.get("auto_map") == _auto_map(family) and text == modeling_file(family) for family in families.values())
+
+
+def _auto_map(family: Family) -> dict[str, str]:
+    module, own = MODELING.removesuffix(".py"), f"Folded{family.class_prefix}"
+    return {"AutoModel": f"{module}.{own}Model", "AutoModelForCausalLM": f"{module}.{own}ForCausalLM"}
 
 
 def patched_config(checkpoint: Checkpoint, family: Family, plan: Plan, dtype: str) -> dict[str, Any]:
@@ -74,18 +79,14 @@ def patched_config(checkpoint: Checkpoint, family: Family, plan: Plan, dtype: st
             if width != config[width_key]:
                 overrides.setdefault(layer, {})[width_key] = width
     overrides = {layer: values for layer, values in sorted(overrides.items()) if values}
-    own, module = f"Folded{family.class_prefix}", MODELING.removesuffix(".py")
+    own = f"Folded{family.class_prefix}"
     if overrides:
         config["per_layer_config"] = {str(layer): values for layer, values in overrides.items()}
         config["architectures"] = [f"{own}ForCausalLM"]
-        config["auto_map"] = {
-            **config.get("auto_map", {}),
-            "AutoModel": f"{module}.{own}Model",
-            "AutoModelForCausalLM": f"{module}.{own}ForCausalLM",
-        }
+        config["auto_map"] = {**config.get("auto_map", {}), **_auto_map(family)}
     elif config.get("architectures") == [f"{own}ForCausalLM"]:  # a per-layer source folded to one width
         config["architectures"] = [f"{family.class_prefix}ForCausalLM"]
-        config["auto_map"] = {key: value for key, value in config["auto_map"].items() if not value.startswith(f"{module}.")}
+        config["auto_map"] = {key: value for key, value in config["auto_map"].items() if key not in _auto_map(family)}
         if not config["auto_map"]:
             del config["auto_map"]
     if dtype != "keep":
@@ -132,7 +133,7 @@ def model_card(
     if license:
         front["license"] = license
     # JSON values are YAML values, so no YAML writer is needed.
-    lines = ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()), "---", ""]
+    lines = ["---", *(f"{key}: {json.dumps(value, default=str)}" for key, value in front.items()), "---", ""]
     removed = 1 - plan.n_parameters / checkpoint.n_parameters
     lines += [
         f"# Folded {checkpoint.hub_id or family.class_prefix + ' model'}",

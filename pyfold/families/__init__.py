@@ -31,7 +31,7 @@ def family_of(checkpoint: Checkpoint) -> Family:
     PyfoldError
         For an architecture that pyfold does not know; lists those it does.
     """
-    model_type = checkpoint.config.get("model_type")
+    model_type = str(checkpoint.config.get("model_type"))
     if model_type not in FAMILIES:
         raise PyfoldError(
             f"{checkpoint.path / 'config.json'}: model_type '{model_type}' is not supported; pyfold folds {', '.join(FAMILIES)}"

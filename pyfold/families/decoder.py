@@ -27,7 +27,11 @@ class DecoderFamily:
         config_path = checkpoint.path / "config.json"
         hidden = _positive(checkpoint.config, "hidden_size", config_path)
         n_layers = _positive(checkpoint.config, "num_hidden_layers", config_path)
-        overrides = {int(layer): values for layer, values in (checkpoint.config.get("per_layer_config") or {}).items()}
+        overrides = {}
+        for layer, values in checkpoint.config.get("per_layer_config", {}).items():
+            if not layer.isdecimal() or int(layer) >= n_layers or not isinstance(values, dict) or not values.keys() <= {_WIDTH}:
+                raise PyfoldError(f"{config_path}: per_layer_config may say {_WIDTH} of a layer, got {layer!r}: {values!r:.60}")
+            overrides[int(layer)] = values
         # A checkpoint of the bare decoder (LlamaModel) has no "model." in front.
         prefix = "model." if any(name.startswith("model.") for name in checkpoint.tensors) else ""
         groups = []
@@ -50,7 +54,7 @@ class DecoderFamily:
 
 def _positive(config: dict[str, Any], key: str, path: object) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise PyfoldError(f"{path}: expected a positive integer for {key}, got {value!r}")
     return value
 

@@ -77,16 +77,20 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     """
     path, hub_id = _resolve(source)
     config = read_json(path / "config.json")
+    for key, kind in (("model_type", str), ("auto_map", dict), ("per_layer_config", dict), ("quantization_config", dict)):
+        if not isinstance(config.get(key, kind()), kind) and config[key] is not None:
+            raise PyfoldError(f"{path / 'config.json'}: expected {kind.__name__} for {key}, got {config[key]!r:.60}")
+    config = {key: value for key, value in config.items() if value is not None or key not in ("auto_map", "per_layer_config")}
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown method")
         raise PyfoldError(
             f"{path / 'config.json'}: the weights are quantised (quantization_config: {method}); fold the full-precision "
             "checkpoint and quantise the result"
         )
-    if (path / INDEX).exists():
-        tensors = _sharded(path)
-    elif (path / SINGLE).exists():
+    if (path / SINGLE).exists():  # what transformers opens where there are both
         tensors = read_header(path / SINGLE)
+    elif (path / INDEX).exists():
+        tensors = _sharded(path)
     else:
         raise PyfoldError(f"{path}: no {INDEX} and no {SINGLE}; convert the checkpoint to safetensors first")
     ordered = {name: tensors[name] for name in sorted(tensors, key=natural)}
@@ -110,7 +114,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PyfoldError(f"{path}: no such file; a checkpoint folder has one") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise PyfoldError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise PyfoldError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -126,13 +130,17 @@ def _resolve(source: str | Path) -> tuple[Path, str | None]:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
         raise PyfoldError(f"{source}: no such folder, and not a Hugging Face model id (owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["config.json", "*.safetensors", INDEX, *COMPANIONS, "README.md"]
+    patterns = ["config.json", "*.safetensors", INDEX, "*.py", *COMPANIONS, "README.md"]
     try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns, local_files_only=True)), str(source)
+        cached = Path(snapshot_download(str(source), allow_patterns=patterns, local_files_only=True))
+        if (cached / INDEX).exists() or (cached / SINGLE).exists():
+            return cached, str(source)
     except LocalEntryNotFoundError:
         pass
+    except HFValidationError:
+        raise PyfoldError(f"{source}: no such folder, and not a Hugging Face model id (owner/name)") from None
     try:
         return Path(snapshot_download(str(source), allow_patterns=patterns)), str(source)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -145,8 +153,8 @@ def _sharded(path: Path) -> dict[str, TensorInfo]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise PyfoldError(f"{path / INDEX}: no weight_map")
     tensors: dict[str, TensorInfo] = {}
-    for shard in sorted(set(weight_map.values())):
-        if not isinstance(shard, str) or Path(shard).name != shard:
+    for shard in sorted(set(map(str, weight_map.values()))):
+        if Path(shard).name != shard:
             raise PyfoldError(f"{path / INDEX}: '{shard}' is not the name of a shard beside it")
         if not (path / shard).exists():
             raise PyfoldError(f"{path / shard}: missing, though {INDEX} lists it; download it again")

@@ -96,7 +96,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             )
             for name, entry in entries.items()
         }
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise PyfoldError(f"{path}: corrupt safetensors header ({type(error).__name__}: {error}); download it again") from None
     for info in tensors.values():
         if info.dtype not in ITEM_SIZE:
@@ -111,6 +111,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise PyfoldError(
                 f"{path}: corrupt safetensors header: tensor '{info.name}' has {info.nbytes} bytes for shape {list(info.shape)}"
             )
+    end = 8 + length
+    for info in sorted(tensors.values(), key=lambda info: (info.begin, info.end)):
+        if info.begin != end:
+            raise PyfoldError(
+                f"{path}: corrupt safetensors header: tensor '{info.name}' starts at byte {info.begin}, not {end}"
+            )
+        end = info.end
+    if end != size:
+        raise PyfoldError(f"{path}: corrupt: {size - end} bytes after the last tensor; download it again")
     return tensors
 
 
@@ -193,7 +202,7 @@ class Shard:
             end = at + prod(shape) * ITEM_SIZE[dtype]
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
             at = end
-        blob = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        blob = json.dumps(header, separators=(",", ":")).encode()
         blob += b" " * (-len(blob) % 8)
         self._begin = {name: 8 + len(blob) + header[name]["data_offsets"][0] for name in order}
         self._left = {name: header[name]["data_offsets"][1] - header[name]["data_offsets"][0] for name in order}
@@ -209,10 +218,13 @@ class Shard:
         data = as_bytes(tensor)
         self._write(data, self._begin[name] + offset)
         self._left[name] -= len(data)
+        if not self._left[name]:
+            del self._left[name]
 
     @property
     def complete(self) -> bool:
-        return not any(self._left.values())
+        """Whether every tensor has been written."""
+        return not self._left
 
     def close(self, *, sync: bool) -> None:
         try:

@@ -28,8 +28,9 @@ __all__ = [
 ]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# Ward's costs are fp32 and grow with cluster weights: keep N times the largest squared norm representable.
-LARGEST_SQUARED_NORM = 1e30
+# Ward's update multiplies fp32 costs by cluster weights: 4 N² times the largest squared norm must be representable.
+LARGEST_SQUARED_NORM = 1e28
+WIDEST_SPREAD = 1e6
 
 
 class Joins(NamedTuple):
@@ -48,12 +49,12 @@ def gram(
     Parameters
     ----------
     x : Tensor, (N, D) or, if ``transposed``, (D, N)
-        float32, float16 or bfloat16; contiguous rows. Low-precision products are exact; sums are fp32.
+        float32, float16 or bfloat16; contiguous rows. Low-precision products are exact; sums are fp32 (reference: fp64).
     out : Tensor, (N, N), float32, optional
         Written in place. Both triangles are valid afterwards.
     accumulate : bool
-        Add to ``out`` instead of replacing it. The sum runs over panels of 512 columns in order, so feeding a matrix in
-        pieces of a multiple of 512 columns gives the same bits as feeding it whole.
+        Add to ``out`` instead of replacing it. On ``cpu`` the sum runs over panels of 512 columns in order, so feeding a
+        matrix in pieces of a multiple of 512 columns gives the same bits as feeding it whole.
     backend : str
 
     Returns
@@ -74,6 +75,8 @@ def gram(
     else:
         _check_gram("out", out, n)
         _check_device("out", out, x)
+        if out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+            raise ValueError("out: expected memory of its own, got that of x")
     registry.call("gram", backend, x.device)(x, out, accumulate, transposed)
     return out
 
@@ -100,7 +103,9 @@ def ward(gram: Tensor, n_clusters: int, *, weights: Tensor | None = None, backen
     _check_gram("gram", gram)
     n = gram.shape[0]
     _check_count(n_clusters, n)
-    return registry.call("ward", backend, gram.device)(gram, n_clusters, _weights(weights, gram))
+    unit, w = _weights(weights, gram)
+    lo, hi, height = registry.call("ward", backend, gram.device)(gram, n_clusters, w)
+    return Joins(lo, hi, height * unit)
 
 
 def hartigan(
@@ -133,7 +138,9 @@ def hartigan(
     _check_count(n_clusters, n)
     _check_labels(labels, n, n_clusters)
     limit = torch.iinfo(torch.int64).max if max_moves is None else max_moves
-    return registry.call("hartigan", backend, gram.device)(gram, labels, n_clusters, _weights(weights, gram), limit)
+    unit, w = _weights(weights, gram)
+    refined, gains = registry.call("hartigan", backend, gram.device)(gram, labels.contiguous(), n_clusters, w, limit)
+    return refined, gains * unit
 
 
 def merge_rows(
@@ -167,7 +174,7 @@ def merge_rows(
     _check_matrix("x", matrix)
     _check_labels(labels, matrix.shape[0], n_clusters)
     if weights is not None:
-        weights = _weights(weights, x, matrix.shape[0])
+        weights = _weights(weights, x, matrix.shape[0])[1]
     out = _result(out, (n_clusters, *x.shape[1:]), dtype, x)
     merged = out.unsqueeze(1) if x.dim() == 1 else out
     registry.call("merge_rows", backend, x.device)(matrix, labels, n_clusters, weights, merged)
@@ -221,10 +228,10 @@ def inertia(gram: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | Non
 
     ``Σ w_i G_ii − Σ_c T_c / W_c`` with ``T_c = Σ_{i,j∈c} w_i w_j G_ij``.
     """
-    w = _weights(weights, gram)
+    unit, w = _weights(weights, gram)
     order = torch.argsort(labels, stable=True)
     total = float((w * gram.diagonal().double()).sum())
-    # Clusters of equal size go together: (clusters, size, size) blocks of G, never all of G in fp64.
+    # Clusters of equal size go together, as (clusters, size, size) blocks of G.
     sizes = torch.bincount(labels, minlength=n_clusters)
     starts = torch.cumsum(sizes, 0) - sizes
     for size in torch.unique(sizes[sizes > 0]).tolist():
@@ -235,7 +242,7 @@ def inertia(gram: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | Non
             member_weights = w[members]
             mass = torch.einsum("ci,cij,cj->c", member_weights, block, member_weights)
             total -= float((mass / member_weights.sum(1)).sum())
-    return max(total, 0.0)
+    return max(total, 0.0) * unit
 
 
 def _check_float(name: str, dtype: torch.dtype) -> None:
@@ -295,13 +302,17 @@ def _check_labels(labels: Tensor, n: int, n_clusters: int) -> None:
         raise ValueError(f"labels: expected every cluster to have a member, got none in cluster {int(empty[0])}")
 
 
-def _weights(weights: Tensor | None, like: Tensor, n: int | None = None) -> Tensor:
+def _weights(weights: Tensor | None, like: Tensor, n: int | None = None) -> tuple[float, Tensor]:
+    """The largest weight, and the weights in units of it: no op depends on their scale, but fp32 products do."""
     n = n or like.shape[0]
     if weights is None:
-        return torch.ones(n, dtype=torch.float64, device=like.device)
+        return 1.0, torch.ones(n, dtype=torch.float64, device=like.device)
     if tuple(weights.shape) != (n,):
         raise ValueError(f"weights: expected shape ({n},), got {tuple(weights.shape)}")
     weights = weights.to(torch.float64)
     if not bool(torch.isfinite(weights).all()) or not bool((weights > 0).all()):
         raise ValueError("weights: expected positive finite values")
-    return weights.contiguous()
+    unit = float(weights.max())
+    if float(weights.min()) * WIDEST_SPREAD < unit:
+        raise ValueError(f"weights: expected a spread of at most {WIDEST_SPREAD:g}, got {float(weights.min()):g} to {unit:g}")
+    return unit, (weights / unit).contiguous()

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pyfold.ops import Joins
 
 _THRESHOLD = 1e-6
+_ROUNDING = 1e-9
 
 
 def gram(x: Tensor, out: Tensor, accumulate: bool, transposed: bool) -> None:
@@ -65,7 +66,7 @@ def hartigan(gram: Tensor, labels: Tensor, n_clusters: int, weights: Tensor, max
         entry[points, labels] = torch.inf
         alone = torch.bincount(labels, minlength=n_clusters)[labels] == 1
         gain = torch.where(alone, -torch.inf, saved - entry.min(1).values)
-        gain = torch.where(gain > _THRESHOLD * weights * norms, gain, -torch.inf)
+        gain = torch.where(gain > _THRESHOLD * weights * norms + _ROUNDING * saved, gain, -torch.inf)
         best = int(gain.argmax())
         if not gain[best] > 0:
             break
