@@ -89,7 +89,8 @@ def fold_checkpoint(
     -----
     Features of unit i: its gate and up rows, their biases, its down column. Clusters: :func:`pyfold.cluster`. Merge: rows are
     averaged, columns summed (Wang et al., "Forget the Data and Fine-Tuning! Just Fold the Network to Compress", ICLR 2025).
-    The bytes of the result depend on the weights, the options, the backend and its SIMD level alone.
+    The bytes of the result depend on the source's files, the options, the backend and its SIMD level alone; a source asked for
+    by a hub id is named as base_model in the model card.
     """
     started = time.perf_counter()
     checkpoint = open_checkpoint(src)
@@ -104,6 +105,7 @@ def fold_checkpoint(
         dtype=dtype,
         max_shard_size=max_shard_size,
     )
+    config = huggingface.patched_config(checkpoint, family, plan, dtype)
     backend = ops.resolve(backend)
     license = huggingface.source_license(checkpoint)
     options = {
@@ -119,7 +121,6 @@ def fold_checkpoint(
         groups, hashes = _write_weights(checkpoint, plan, stage, backend, progress)
         for file in checkpoint.companions():
             shutil.copyfile(file, stage.partial / file.name)
-        config = huggingface.patched_config(checkpoint, family, plan, dtype)
         for module in sorted(huggingface.modules(config)):
             if module == huggingface.MODELING:
                 stage.write_text(module, huggingface.modeling_file(family))

@@ -437,6 +437,18 @@ def test_empty_destination_is_used_and_overwrite_replaces_everything(source: Pat
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dst", "fresh"]
 
 
+def test_a_width_per_layer_needs_a_causal_model(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The modeling file has no other head; one width for all layers needs no modeling file."""
+    classifier = tmp_path / "src"
+    shutil.copytree(source, classifier)
+    patch_json(classifier / "config.json", architectures=["LlamaForSequenceClassification"])
+    command = ["fold", str(classifier), str(tmp_path / "dst"), "--ratio", "0.25"]
+    code = cli.main([*command, "--layers", "1"])
+    check_refused(code, capsys.readouterr().err, ["config.json", "LlamaForSequenceClassification", "one width"])
+    assert not (tmp_path / "dst").exists()
+    assert cli.main([*command, "--quiet"]) == 0
+
+
 def test_symlinked_destination_and_source(source: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "dst").symlink_to(tmp_path / "disk" / "real")

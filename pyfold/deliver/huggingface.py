@@ -81,6 +81,12 @@ def patched_config(checkpoint: Checkpoint, family: Family, plan: Plan, dtype: st
     overrides = {layer: values for layer, values in sorted(overrides.items()) if values}
     own = f"Folded{family.class_prefix}"
     if overrides:
+        named = [name for name in config.get("architectures") or [] if not str(name).endswith("ForCausalLM")]
+        if named:
+            raise PyfoldError(
+                f"{checkpoint.path / 'config.json'}: a width per layer needs a ...ForCausalLM checkpoint, not {named[0]}; "
+                "fold all layers to one width"
+            )
         config["per_layer_config"] = {str(layer): values for layer, values in overrides.items()}
         config["architectures"] = [f"{own}ForCausalLM"]
         config["auto_map"] = {**config.get("auto_map", {}), **_auto_map(family)}
@@ -138,7 +144,7 @@ def model_card(
     lines += [
         f"# Folded {checkpoint.hub_id or family.class_prefix + ' model'}",
         "",
-        f"{removed:.2%} of the parameters removed by model folding with [pyfold](https://pypi.org/project/pyfold/) "
+        f"{removed:.2%} of the parameters removed by model folding with pyfold "
         f"{__version__}: {checkpoint.n_parameters:,} -> {plan.n_parameters:,}. No data, no fine-tuning.",
         "",
         "```python",
