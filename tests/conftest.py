@@ -7,16 +7,19 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pyfold.io.checkpoint import INDEX
 from pyfold.ops import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / ".cache" / "smollm2"
+UP = "model.layers.1.mlp.up_proj.weight"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 BACKENDS = [f"cpu:{level}" for level in cpu.simd_levels()]
 
@@ -149,3 +152,35 @@ def run_cli(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """``python -m pyfold`` in a process of its own."""
     command = [sys.executable, "-m", "pyfold", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, **options)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaMA checkpoint in several shards."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("cli") / "src")
+
+
+def shard_of(folder: Path, tensor: str) -> Path:
+    return folder / json.loads((folder / INDEX).read_text())["weight_map"][tensor]
+
+
+def patch_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    shard = shard_of(folder, UP)
+    tensors = load_file(shard)
+    change(tensors)
+    save_file(tensors, shard)
+    return shard
+
+
+def check_refused(code: int, error: str, names: list[str]) -> None:
+    assert code == 2, error
+    assert error.startswith("pyfold: ")
+    assert error.count("\n") == 1, error
+    for name in names:
+        assert name in error, error
