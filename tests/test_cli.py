@@ -33,6 +33,7 @@ from conftest import (
 
 from pyfold import cli
 from pyfold.io.checkpoint import INDEX
+from pyfold.io.destination import Destination
 
 
 def test_fold_prints_what_it_did_and_how_to_load_it(source: Path, tmp_path: Path) -> None:
@@ -173,6 +174,18 @@ def test_symlinked_destination_and_source(source: Path, tmp_path: Path) -> None:
     assert run_cli("fold", tmp_path / "src", tmp_path / "dst", "--ratio", "0.25").returncode == 0
     assert (tmp_path / "disk" / "real" / "config.json").exists()
     load(tmp_path / "dst")
+
+
+def test_nothing_that_a_loader_opens_before_the_commit(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a kill just before it would leave the folder: complete but for the two names."""
+    seen = []
+    commit = Destination.commit
+    monkeypatch.setattr(Destination, "commit", lambda stage: (seen.extend(os.listdir(stage.partial)), commit(stage)))
+    assert cli.main(["fold", str(source), str(tmp_path / "dst"), "--ratio", "0.25", "--max-shard-size", "30KB", "--quiet"]) == 0
+    assert {"pyfold.json", "config.json.tmp", INDEX + ".tmp"} <= set(seen)
+    assert not {"config.json", INDEX} & set(seen)
+    assert {"config.json", INDEX} <= set(os.listdir(tmp_path / "dst"))
+    assert not list((tmp_path / "dst").glob("*.tmp"))
 
 
 def test_a_mount_point_as_destination(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from pyfold.io.checkpoint import INDEX, read_json
 
 PARTIAL = ".pyfold-partial"
 LOCK = ".lock"
+TEMPORARY = ".tmp"
 _LAST = ("config.json", INDEX)
 
 
@@ -116,19 +117,24 @@ class Destination:
             os.close(self._lock)
 
     def write_text(self, name: str, text: str) -> None:
-        """Write one file of the result."""
-        with (self.partial / name).open("wb") as file:
+        """Write one file of the result. What makes a loader open a folder has a temporary name until ``commit``."""
+        with (self.partial / (name + TEMPORARY if name in _LAST else name)).open("wb") as file:
             file.write(text.encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())
 
     def commit(self) -> None:
         """Put the result in place. The lock is held, by its open file, until the block is left."""
+        names = {entry.name for entry in self.partial.iterdir()} - {LOCK}
+        last = [name for name in _LAST if name + TEMPORARY in names]
+        if self._inside:
+            for name in sorted(names - {name + TEMPORARY for name in last}):
+                os.rename(self.partial / name, self.path / name)
+        for name in last:
+            os.rename(self.partial / (name + TEMPORARY), (self.path if self._inside else self.partial) / name)
         _sync_folder(self.partial)
         if self._inside:
-            names = sorted(entry.name for entry in self.partial.iterdir() if entry.name != LOCK)
-            for name in sorted(names, key=lambda name: _LAST.index(name) if name in _LAST else -1):
-                os.rename(self.partial / name, self.path / name)
+            _sync_folder(self.path)
         elif self._replace:
             _exchange(self.partial, self.path)
         else:
