@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyfold import ops
+from pyfold.clustering.partition import canonical, labels_of
 
 
 @dataclass(frozen=True)
@@ -107,25 +108,6 @@ def cluster(
         n_moves=len(gains),
         backend=backend,
     )
-
-
-def labels_of(joins: ops.Joins, n: int) -> Tensor:
-    """The partition that a list of joins leaves, clusters numbered in the order of their first member."""
-    root = list(range(n))
-    # A dead cluster is never joined again, so replaying backwards resolves every chain in one pass.
-    for lo, hi in zip(reversed(joins.lo.tolist()), reversed(joins.hi.tolist()), strict=True):
-        root[lo] = root[hi]
-    return canonical(torch.tensor(root, device=joins.lo.device))
-
-
-def canonical(labels: Tensor) -> Tensor:
-    """The same partition, clusters renumbered 0..K-1 in the order of their first member."""
-    unique, inverse = torch.unique(labels, return_inverse=True)
-    first = torch.full((len(unique),), len(labels), dtype=torch.int64, device=labels.device)
-    first.scatter_reduce_(0, inverse, torch.arange(len(labels), device=labels.device), "amin")
-    rank = torch.empty_like(first)
-    rank[torch.argsort(first)] = torch.arange(len(unique), device=labels.device)
-    return rank[inverse]
 
 
 def _features(x: Tensor | np.ndarray[Any, Any]) -> Tensor:
