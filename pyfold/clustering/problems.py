@@ -161,13 +161,12 @@ def _problem(array: Any, n_clusters: Any, weights: Any, init: Any) -> Given:
             x, weights = every[kept], weights[kept]
     check_count(n_clusters, len(x), "points" if kept is None else "points of positive weight")
     if init is not None:
-        init = tensor_of("init", init).to(torch.float64)
+        init = _on("init", tensor_of("init", init), every).to(torch.float64)
         if tuple(init.shape) != (n_clusters, x.shape[1]):
             raise ValueError(f"init: expected centroids of shape {(n_clusters, x.shape[1])}, got {tuple(init.shape)}")
         if not math.isfinite(largest(init)):
             raise ValueError("init: expected finite values")
         magnitude = max(magnitude, largest(init))
-        init = _on("init", init, every)
     return Given(x, int(n_clusters), weights, init, magnitude, every, kept, isinstance(array, np.ndarray))
 
 
@@ -177,7 +176,7 @@ def _weights(weights: Any, x: Tensor) -> Tensor:
     w = torch.as_tensor(weights).detach()
     if tuple(w.shape) != (len(x),):
         raise ValueError(f"weights: expected shape ({len(x)},), got {tuple(w.shape)}")
-    w = _on("weights", w.to(torch.float64), x)
+    w = _on("weights", w, x).to(torch.float64)
     if not bool(torch.isfinite(w).all()) or bool((w < 0).any()) or not bool((w > 0).any()):
         raise ValueError(f"weights: expected finite values of at least 0, not all 0, got {float(w.min())} to {float(w.max())}")
     return w
