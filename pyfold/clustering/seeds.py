@@ -3,10 +3,10 @@
 k-means++ (Arthur and Vassilvitskii 2007) draws each seed with a probability in proportion to its squared distance to the
 nearest seed so far; the greedy form, scikit-learn's, draws 2 + log K candidates and keeps the one that leaves the least. Over
 G a candidate is one row, O(N); on the features it is a pass over all of them, and K = 1024 such passes would cost more than
-the clustering. So without a G, each ``ROUND`` seeds come from a uniform sample's own Gram matrix, ``PER_SEED`` points a seed
-(all points, where there are no more). Measured against greedy on all points, final inertia of 25 iterations on 256 blobs in
-32 dimensions: 8 points a seed 1.03 x (36 % more at worst, blobs far apart), one candidate on all points 1.12 x (186 %), points
-at random 1.17 x (1800 %).
+the clustering. So without a G, each ``ROUND`` seeds come from the Gram matrix of a uniform sample (of all points, where there
+are no more). Measured, inertia after 25 Lloyd passes over the one that greedy on all points leads to, 256 blobs in 32
+dimensions, overlapping and far apart: 32 points a seed 1.00 and 1.18, 8 points 1.03 and 1.36, one candidate on all points 1.11
+and 2.86, points at random 1.17 and 19. N = 200,000, D = 128, K = 1024: 0.4 s, as long as one pass of Lloyd with torch.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 from pyfold import ops
 
 ROUND = 1024
-PER_SEED = 8
-LEAST_SAMPLE = 2048
+PER_SEED = 32
+SAMPLE = (2048, 8192)  # points, at least and at most: 256 MiB of G
 _MASS = 2.0**40  # draws are by integer masses, so that their running sum has the same bits in any order of summation
 
 
@@ -44,7 +44,8 @@ def kmeans_pp(points: Tensor, n_clusters: int, weights: Tensor | None, rng: np.r
 
 def sample_size(n: int, n_seeds: int) -> int:
     """Points that ``n_seeds`` seeds of one round are chosen from."""
-    return min(n, max(LEAST_SAMPLE, PER_SEED * min(n_seeds, ROUND)))
+    least, most = SAMPLE
+    return min(n, max(least, min(most, PER_SEED * n_seeds)))
 
 
 def trials(n_clusters: int) -> int:
@@ -94,10 +95,9 @@ def greedy(
         drawn = (draws[s, :1] if first else draws[s]) * mass[-1]
         candidates = torch.searchsorted(mass, drawn.long(), right=True).clamp_max_(n - 1)
         left = torch.add(norms, gram[candidates], alpha=-2).add_(norms[candidates][:, None]).clamp_min_(0)
-        left[torch.arange(len(candidates), device=gram.device), candidates] = 0
         if closest is not None:
             left = torch.minimum(left, closest)
-        potential = (left if w is None else left * w).sum(1, dtype=torch.float64)
+        potential = (left if w is None else left * w).sum(1)
         best = potential.argmin()
         closest = left[best]
         seeds[s] = candidates[best]
