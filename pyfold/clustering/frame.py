@@ -43,7 +43,9 @@ class Frame:
         return y
 
     def leave(self, y: Tensor) -> Tensor:
-        """y -> x, in fp64."""
+        """y -> x, in fp64; y itself where the frame changes nothing."""
+        if self.shift is None and self.exponent == 0:
+            return y
         x = y.double() * math.ldexp(1.0, self.exponent)
         return x if self.shift is None else x + self.shift
 
@@ -69,7 +71,7 @@ def frame_all(xs: list[Tensor], magnitudes: list[float], backend: str) -> list[F
     means, spreads = _moments(ys, backend)
     for i, (frame, x, mean) in enumerate(zip(frames, xs, means, strict=True)):
         if len(x) * total(mean[0].double().square()) > spreads[i] and x.dtype != torch.float64:
-            frames[i] = Frame(frame.leave(mean[0]), frame.exponent)
+            frames[i] = Frame(frame.leave(mean[0]).double(), frame.exponent)
             ys[i] = torch.empty(0)  # free the uncentred copy, if it is one
             ys[i] = frames[i].enter(x)
             spreads[i] = _moments([ys[i]], backend)[1][0]  # the first was the difference of large numbers

@@ -167,7 +167,7 @@ def nearest(x: Tensor, centroids: Tensor, backend: str) -> tuple[Tensor, Tensor]
     frame = frame_of(centroids, x)
     y, means = frame.enter(x), frame.enter(centroids).float().contiguous()
     labels, _ = ops.assign(y, means, backend=backend)
-    return labels, _own_distances(y, labels, means) * frame.area(1.0)
+    return labels, _own_distances(y, labels, means).double() * frame.area(1.0)
 
 
 def _solve(given: list[Given], run: _Run) -> list[KMeansResult]:
@@ -186,8 +186,12 @@ def _solve(given: list[Given], run: _Run) -> list[KMeansResult]:
         rngs = [np.random.default_rng((run.seed, restart)) for _ in given]
         if grams is None:
             labels, n_iter, centroids = _on_points(framed, ks, ws, starts, rngs, run)
+            numbered = [canonical(label) for label in labels]
+            centroids = [mean[_sources(new, old, k)] for mean, new, old, k in zip(centroids, numbered, labels, ks, strict=True)]
+            labels = numbered
         else:
             labels, n_iter = _over_gram(grams, ys, ks, ws, starts, rngs, run)
+            labels = [canonical(label) for label in labels]
             centroids = ops.update(ys, labels, ks, weights=ws, backend=run.backend)
         inertias = [
             total(_own_distances(y, label, mean) * (1.0 if ws is None else ws[i]))
@@ -299,27 +303,30 @@ def _on_points(
     return done, n_iter if run.refine else [0] * len(ys), centroids
 
 
+def _sources(new: Tensor, old: Tensor, n_clusters: int) -> Tensor:
+    """(K,) the old number of each new cluster."""
+    return torch.empty(n_clusters, dtype=torch.int64, device=new.device).scatter_(0, new, old)
+
+
 def _own_distances(y: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
-    """(N,) fp64 squared distance of each point to its own centroid, from differences: exactly 0 where they are equal."""
-    distances = torch.empty(len(y), dtype=torch.float64, device=y.device)
+    """(N,) squared distance of each point to its own centroid, from differences: exactly 0 where they are equal."""
+    distances = torch.empty(len(y), dtype=torch.float32, device=y.device)
     rows = max(1, _ELEMENTS // y.shape[1])
     for out, points, label in zip(distances.split(rows), y.split(rows), labels.split(rows), strict=True):
-        out.copy_((points - centroids[label]).square_().sum(1, dtype=torch.float64))
+        torch.sum((points - centroids[label]).square_(), 1, out=out)
     return distances
 
 
 def _result(given: Given, framed: Framed, found: _Found, run: _Run, backend: str) -> KMeansResult:
-    labels = canonical(found.labels)
-    old = torch.empty(given.n_clusters, dtype=torch.int64, device=labels.device).scatter_(0, labels, found.labels)
-    means = found.centroids[old]
+    labels = found.labels
     if given.kept is not None:
         idle = torch.ones(len(given.every), dtype=torch.bool, device=labels.device)
         idle[given.kept] = False
         every = torch.empty(len(given.every), dtype=torch.int64, device=labels.device)
         every[given.kept] = labels
-        every[idle] = ops.assign(framed.frame.enter(given.every[idle]), means, backend=run.backend)[0]
+        every[idle] = ops.assign(framed.frame.enter(given.every[idle]), found.centroids, backend=run.backend)[0]
         labels = every
-    centroids = framed.frame.leave(means)
+    centroids = framed.frame.leave(found.centroids)
     return KMeansResult(
         labels=given.out(labels),
         centroids=given.out(centroids if given.x.dtype == torch.float64 else centroids.float()),
