@@ -120,7 +120,7 @@ def test_lists_and_batches_are_the_problems_one_by_one(init: str | None, refine:
 @pytest.mark.parametrize(("init", "refine"), WAYS)
 def test_same_bits_on_one_and_two_threads_and_on_every_run(init: str | None, refine: str | None) -> None:
     """Large enough for torch to split its own work between threads."""
-    x, _ = blobs(4000 if init in ("k-means++", "random") and refine == "lloyd" else 1500, 16, 40, spread=1.0)
+    x, _ = blobs(2500 if init in ("k-means++", "random") and refine == "lloyd" else 1500, 16, 40, spread=1.0)
     results = []
     before = torch.get_num_threads()
     try:

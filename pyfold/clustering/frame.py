@@ -19,7 +19,8 @@ from torch import Tensor
 from pyfold import ops
 
 COMFORTABLE = 2.0**30  # largest magnitude between this and its inverse: squares are summed far inside fp32's range
-_ELEMENTS = 2**20  # of fp64 scratch at a time
+_ELEMENTS = 2**20  # of scratch at a time
+_SAMPLE = 2**22  # values that are enough to place an origin and a tolerance: the mean need not be exact, only near
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,12 @@ def frame_all(xs: list[Tensor], magnitudes: list[float], backend: str) -> list[F
     """A frame for each problem of finite values, of which ``magnitudes`` are the largest."""
     frames = [_unit_frame(x, magnitude) for x, magnitude in zip(xs, magnitudes, strict=True)]
     ys = [frame.enter(x) for frame, x in zip(frames, xs, strict=True)]
-    means, spreads = _moments(ys, backend)
+    means, variances = _moments(ys, backend)
     for i, (frame, x, mean) in enumerate(zip(frames, xs, means, strict=True)):
-        if len(x) * total(mean[0].double().square()) > spreads[i] and x.dtype != torch.float64:
+        if x.dtype != torch.float64 and total(mean.square()) > variances[i] * x.shape[1]:
             frames[i] = Frame(frame.leave(mean[0]).double(), frame.exponent)
             ys[i] = torch.empty(0)  # free the uncentred copy, if it is one
             ys[i] = frames[i].enter(x)
-            spreads[i] = _moments([ys[i]], backend)[1][0]  # the first was the difference of large numbers
-    variances = [spread / y.numel() for spread, y in zip(spreads, ys, strict=True)]
     return [Framed(y, frame, variance) for y, frame, variance in zip(ys, frames, variances, strict=True)]
 
 
@@ -102,6 +101,15 @@ def exponent_of(magnitude: float) -> int:
     return max(-1022, math.frexp(magnitude)[1] - 1) if magnitude else 0
 
 
+def squared_distances(y: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
+    """(N,) fp32, each point to the centroid of its cluster, from differences: exactly 0 where they are equal."""
+    distances = torch.empty(len(y), dtype=torch.float32, device=y.device)
+    rows = max(1, _ELEMENTS // y.shape[1])
+    for out, points, label in zip(distances.split(rows), y.split(rows), labels.split(rows), strict=True):
+        torch.sum((points - centroids[label]).square_(), 1, out=out)
+    return distances
+
+
 def total(values: Tensor) -> float:
     """Sum in fp64, the same bits on any number of threads, which torch's own sum on a CPU is not."""
     if values.device.type == "cpu":
@@ -125,7 +133,9 @@ def _unit_frame(x: Tensor, magnitude: float) -> Frame:
 
 
 def _moments(ys: list[Tensor], backend: str) -> tuple[list[Tensor], list[float]]:
-    """(1, D) mean of each problem, and the sum of squared distances to it."""
-    one = [torch.zeros(len(y), dtype=torch.int64, device=y.device) for y in ys]
-    means = ops.update(ys, one, [1] * len(ys), backend=backend)
-    return means, [total(distances) for _, distances in ops.assign(ys, means, backend=backend)]
+    """(1, D) mean of each problem, and the mean variance of its features; from every so many rows where there are many."""
+    samples = [y[:: -(-y.numel() // _SAMPLE)] for y in ys]
+    one = [torch.zeros(len(sample), dtype=torch.int64, device=sample.device) for sample in samples]
+    means = ops.update(samples, one, [1] * len(ys), backend=backend)
+    spreads = [total(squared_distances(*problem)) for problem in zip(samples, one, means, strict=True)]
+    return means, [spread / sample.numel() for spread, sample in zip(spreads, samples, strict=True)]

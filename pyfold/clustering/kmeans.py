@@ -6,7 +6,7 @@ Every op is called once a pass for all problems of a regime that are not finishe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,11 +15,9 @@ from torch import Tensor
 
 from pyfold import ops
 from pyfold.clustering import regime, seeds
-from pyfold.clustering.frame import Framed, frame_all, frame_of, total
+from pyfold.clustering.frame import Framed, frame_all, frame_of, squared_distances, total
 from pyfold.clustering.partition import canonical, fill_empty, labels_of
 from pyfold.clustering.problems import Given, check_options, read
-
-_ELEMENTS = 2**20  # of fp32 scratch at a time
 
 
 @dataclass(frozen=True)
@@ -152,14 +150,14 @@ def kmeans(
             room[run] = regime.SHARE * free
         groups[run][-1].append(i)
         room[run] -= way.memory
-    results: list[KMeansResult] = [None] * len(given)  # type: ignore[list-item]
+    solved: dict[int, KMeansResult] = {}
     for run, parts in groups.items():
         for part in parts:
-            for i, result in zip(part, _solve([given[i] for i in part], run), strict=True):
-                results[i] = result
+            solved.update(zip(part, _solve([given[i] for i in part], run), strict=True))
+    results = [solved[i] for i in range(len(given))]
     if form == "list":
         return results
-    return results[0] if form == "one" else _stacked(results, given[0].is_numpy)
+    return results[0] if form == "one" else _stacked(results, given[0])
 
 
 def nearest(x: Tensor, centroids: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -167,7 +165,7 @@ def nearest(x: Tensor, centroids: Tensor, backend: str) -> tuple[Tensor, Tensor]
     frame = frame_of(centroids, x)
     y, means = frame.enter(x), frame.enter(centroids).float().contiguous()
     labels, _ = ops.assign(y, means, backend=backend)
-    return labels, _own_distances(y, labels, means).double() * frame.area(1.0)
+    return labels, squared_distances(y, labels, means).double() * frame.area(1.0)
 
 
 def _solve(given: list[Given], run: _Run) -> list[KMeansResult]:
@@ -194,7 +192,7 @@ def _solve(given: list[Given], run: _Run) -> list[KMeansResult]:
             labels = [canonical(label) for label in labels]
             centroids = ops.update(ys, labels, ks, weights=ws, backend=run.backend)
         inertias = [
-            total(_own_distances(y, label, mean) * (1.0 if ws is None else ws[i]))
+            total(squared_distances(y, label, mean) * (1.0 if ws is None else ws[i]))
             for i, (y, label, mean) in enumerate(zip(ys, labels, centroids, strict=True))
         ]
         found = [_Found(*one) for one in zip(labels, centroids, inertias, n_iter, strict=True)]
@@ -308,15 +306,6 @@ def _sources(new: Tensor, old: Tensor, n_clusters: int) -> Tensor:
     return torch.empty(n_clusters, dtype=torch.int64, device=new.device).scatter_(0, new, old)
 
 
-def _own_distances(y: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
-    """(N,) squared distance of each point to its own centroid, from differences: exactly 0 where they are equal."""
-    distances = torch.empty(len(y), dtype=torch.float32, device=y.device)
-    rows = max(1, _ELEMENTS // y.shape[1])
-    for out, points, label in zip(distances.split(rows), y.split(rows), labels.split(rows), strict=True):
-        torch.sum((points - centroids[label]).square_(), 1, out=out)
-    return distances
-
-
 def _result(given: Given, framed: Framed, found: _Found, run: _Run, backend: str) -> KMeansResult:
     labels = found.labels
     if given.kept is not None:
@@ -339,18 +328,13 @@ def _result(given: Given, framed: Framed, found: _Found, run: _Run, backend: str
     )
 
 
-def _stacked(results: list[KMeansResult], is_numpy: bool) -> KMeansResult:
+def _stacked(results: list[KMeansResult], like: Given) -> KMeansResult:
     """One result for a batch."""
-    stack: Any = np.stack if is_numpy else torch.stack
-    array: Any = np.array if is_numpy else torch.tensor
-    first = results[0]
-    return KMeansResult(
-        labels=stack([one.labels for one in results]),
-        centroids=stack([one.centroids for one in results]),
-        inertia=array([one.inertia for one in results], dtype=np.float64 if is_numpy else torch.float64),
-        n_iter=array([one.n_iter for one in results], dtype=np.int64 if is_numpy else torch.int64),
-        init=first.init,
-        refine=first.refine,
-        regime=first.regime,
-        backend=first.backend,
-    )
+
+    def stack(name: str) -> Any:
+        values = [torch.as_tensor(getattr(one, name)) for one in results]
+        return like.out(torch.stack(values).to(like.x.device))
+
+    many = {name: stack(name) for name in ("labels", "centroids", "n_iter")}
+    inertia = like.out(torch.tensor([one.inertia for one in results], dtype=torch.float64, device=like.x.device))
+    return replace(results[0], inertia=inertia, **many)
