@@ -21,8 +21,7 @@ from pyfold.errors import PyfoldError
 INITS = ("ward", "k-means++", "random")
 REFINEMENTS = ("auto", "hartigan", "lloyd", None)
 SHARE = 0.8  # of the free bytes: the rest is for the caller, the allocator and what the model leaves out
-ITERATIONS = 20  # that Lloyd is taken to need: known only afterwards
-MOVES = 0.03  # of Hartigan, per point
+ITERATIONS = 20  # Lloyd passes taken for granted: the true number is known only afterwards
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Rates:
     bandwidth: float  # bytes
     lloyd: float  # entries of G in a Lloyd pass
     ward: float  # entries of G in a whole Ward clustering
-    hartigan: float  # entries of G in Hartigan's start, and point-wise updates of its moves
+    hartigan: float  # entries of G in a whole Hartigan refinement
     trials: float  # distances to candidates of k-means++
     seeds: float  # seeds, whatever N: the calls that make one
 
@@ -45,10 +44,10 @@ class Rates:
         return replace(self, **scaled)
 
 
-# cpu: Xeon with AVX-512, 2 threads, halved. cuda: H100.
+# cpu: Xeon with AVX-512, one thread, pyfold's kernels but for assign, which is torch's rate. cuda: H100, not measured yet.
 RATES = {
-    "cpu": Rates(1.2e11, 1.2e11, 1.0e11, 1.0e11, 1.2e10, 2.5e8, 4e7, 1e8, 3e8, 1.5e4),
-    "cuda": Rates(4.0e13, 5.0e14, 4.0e13, 3.0e14, 2.5e12, 2.0e11, 3e10, 5e10, 5e10, 1.5e4),
+    "cpu": Rates(1.2e11, 1.2e11, 1.0e11, 1.0e11, 1.0e10, 6e8, 9e7, 1.5e8, 3.5e8, 1.6e4),
+    "cuda": Rates(4.0e13, 4.0e14, 4.0e13, 3.0e14, 2.5e12, 5e11, 3e10, 5e10, 5e10, 2e4),
 }
 
 
@@ -119,31 +118,28 @@ def estimate(
 
     flops, moved, seconds = 0.0, 5.0 * features, 5 * features / rates.bandwidth  # frame, centroids and inertia
     memory = (4.0 * n * d if problem.dtype == torch.float64 else 0.0) + 4.0 * k * d + 24.0 * n
-    candidates = 0.0
+    grams, of_points = (1, n) if regime == "gram" else (0, 0)  # how many, and of how many points each
     if init == "k-means++":
-        per_round = seeds.sample_size(n, k) if regime == "direct" else n
-        rounds = -(-k // seeds.ROUND) if regime == "direct" else 1
-        candidates = float(per_round) * seeds.trials(k) * k * starts
+        if regime == "direct":
+            grams, of_points = -(-k // seeds.ROUND) * starts, seeds.sample_size(n, k)
+        candidates = float(of_points) * seeds.trials(k) * k * starts
         seconds += candidates / rates.trials + k * starts / rates.seeds
         moved += 4 * candidates
-        if regime == "direct":
-            flops += float(per_round) ** 2 * d * rounds * starts
-            seconds += float(per_round) ** 2 * d * rounds * starts / gram_rate
-            memory += 4.0 * per_round**2
+    entries = float(of_points) ** 2
+    flops += grams * entries * d
+    moved += grams * 16 * entries  # cleared, written, mirrored
+    seconds += grams * (entries * d / gram_rate + 16 * entries / rates.bandwidth)
+    memory += 4 * entries
     if regime == "gram":
-        entries = float(n) ** 2
-        flops += entries * d
-        seconds += entries * d / gram_rate
-        memory += 4 * entries
         looks = passes * starts
         seconds += looks * entries / rates.lloyd
         if init == "ward":
             seconds += entries / rates.ward
             looks += 2
         if refine == "hartigan":
-            seconds += (1 + MOVES) * entries * starts / rates.hartigan
+            seconds += entries * starts / rates.hartigan
             looks += starts
-        moved += 4 * entries * (1 + looks)
+        moved += 4 * entries * looks
     else:
         looks = max(1, passes) * starts
         flops += 2.0 * n * k * d * looks
