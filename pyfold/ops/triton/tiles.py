@@ -1,0 +1,95 @@
+"""Tile choice as pure functions of chip and shape: what each launcher compiles, and what tests compile without a GPU."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+# Shared memory that one block may use, in bytes (CUDA programming guide, technical specifications per compute capability).
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+REGISTERS = 64 << 10  # 32-bit registers of an SM; 255 a thread
+
+
+class Tile(NamedTuple):
+    """A block of the result and how it is computed."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+    def options(self) -> dict[str, int | None]:
+        """Launch options."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
+
+
+class Chip(NamedTuple):
+    """What tile choice needs to know of a device."""
+
+    arch: int
+    n_sms: int
+
+
+def chip(device: torch.device) -> Chip:
+    """The chip that runs kernels on ``device``; the interpreter takes the tiles of an H100."""
+    if device.type != "cuda":
+        return Chip(90, 132)
+    properties = torch.cuda.get_device_properties(device)
+    return Chip(properties.major * 10 + properties.minor, properties.multi_processor_count)
+
+
+def shared_memory(arch: int) -> int:
+    """Bytes a block may use on ``arch``; a chip not listed gets the least of the listed, which every chip since sm_80 has."""
+    return SHARED.get(arch, min(SHARED.values()))
+
+
+def up_to(limit: int, size: int, least: int = 16) -> int:
+    """The smallest power of two that holds ``size``, within [least, limit]."""
+    return max(least, min(limit, triton.next_power_of_2(size)))
+
+
+def assign(arch: int, itemsize: int, k: int, d: int, *, exact: bool) -> Tile:
+    """Points x centroids x features of one step of the nearest-centroid product.
+
+    The minimum over a row costs as much as a product of depth 128, so the screen wants two blocks on a multiprocessor, one in
+    its product while the other is in its minimum: at most 128 registers a thread. 256 points a block halve what the blocks
+    together read of the centroids from L2 (1 GiB at N = 1M, D = 128, K = 1024).
+    """
+    if exact and itemsize == 4:  # FMA units: 8 x 8 results a thread, 1024 FFMA to 88 shared loads a step
+        tile = Tile(128, 128, 16, 8, 3)
+    elif exact:  # the centroids' parts are made in registers
+        tile = Tile(128, 64, 32, 8, 2)
+    elif arch == 90:
+        tile = Tile(256, 64, 128, 8, 3, 128) if d <= 128 else Tile(128, 128, 64, 8, 3)
+    elif arch == 100:
+        tile = Tile(128, 64, 128, 8, 3) if d <= 128 else Tile(128, 128, 64, 8, 3)
+    else:
+        tile = Tile(128, 64, 128, 8, 2, 128) if d <= 128 else Tile(128, 64, 64, 8, 3)
+    return tile._replace(columns=up_to(tile.columns, k), depth=up_to(tile.depth, d))
+
+
+def splits(blocks: int, parts: int, n_sms: int) -> int:
+    """Into how many parts to split the inner loop, so that four blocks a multiprocessor are there to balance."""
+    return max(1, min(parts, 4 * n_sms // blocks))
+
+
+def segment_rows(d: int, *, ascending: bool) -> Tile:
+    """Members x columns of one step of a cluster's sum; ``ascending`` takes the members one by one, in order."""
+    columns = up_to(1024 if ascending else 128, d)
+    return Tile(1 if ascending else max(1, 4096 // columns), columns, 1, 4, 2)
+
+
+def segment_columns(k: int) -> Tile:
+    """Rows x clusters of one step of a column merge: few rows, so that they stay in L1 while every cluster is gathered."""
+    return Tile(1, up_to(1024, k), 1, 8, 2)
+
+
+def lloyd(n: int, n_sms: int) -> tuple[Tile, int]:
+    """Points of a block, with 16-byte loads, unrolled over 8 rows; and the splits of the rows."""
+    tile = Tile(1, up_to(512, n, least=128), 8, 4, 1)
+    # 8 blocks of 4 warps a multiprocessor; a split of fewer than 64 rows spends more on its minimum than on its sums.
+    return tile, max(1, min(triton.cdiv(n, 64), 16 * n_sms // triton.cdiv(n, tile.columns)))
