@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 
 # Shared memory that one block may use, in bytes (CUDA programming guide, technical specifications per compute capability).
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -49,7 +48,7 @@ def shared_memory(arch: int) -> int:
 
 def up_to(limit: int, size: int, least: int = 16) -> int:
     """The smallest power of two that holds ``size``, within [least, limit]."""
-    return max(least, min(limit, triton.next_power_of_2(size)))
+    return max(least, min(limit, 1 << (size - 1).bit_length()))
 
 
 def assign(arch: int, itemsize: int, k: int, d: int, *, exact: bool) -> Tile:
@@ -88,8 +87,11 @@ def segment_columns(k: int) -> Tile:
     return Tile(1, up_to(1024, k), 1, 8, 2)
 
 
-def lloyd(n: int, n_sms: int) -> tuple[Tile, int]:
-    """Points of a block, with 16-byte loads, unrolled over 8 rows; and the splits of the rows."""
-    tile = Tile(1, up_to(512, n, least=128), 8, 4, 1)
-    # 8 blocks of 4 warps a multiprocessor; a split of fewer than 64 rows spends more on its minimum than on its sums.
-    return tile, max(1, min(triton.cdiv(n, 64), 16 * n_sms // triton.cdiv(n, tile.columns)))
+def lloyd(n: int) -> Tile:
+    """Points of a block, four a thread; ``depth`` rows of G are in flight at once."""
+    return Tile(1, up_to(512, n, least=128), 8, 4, 1)
+
+
+def lloyd_splits(blocks: int, n: int, n_sms: int) -> int:
+    """Splits of the rows of G: eight blocks of four warps a multiprocessor, in which 64 rows at least pay for the minimum."""
+    return max(1, min(-(-n // 64), 8 * n_sms // blocks))

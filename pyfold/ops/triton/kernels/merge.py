@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pyfold.ops.triton import tiles
-from pyfold.ops.triton.problems import DTYPE, cluster_members
-from pyfold.ops.triton.update import segment_means
+from pyfold.ops.triton.kernels.problems import DTYPE, cluster_members
+from pyfold.ops.triton.kernels.update import segment_means
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _sum_columns(
 
 def merge_rows(x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None, out: Tensor) -> None:
     """out (K, D) = (UᵀWU)⁻¹ UᵀW x, with one-hot U (N x K)."""
-    segment_means([x], [labels], None if weights is None else [weights], [out], ascending=True)
+    segment_means([x], [labels], [weights], [out], ascending=True)
 
 
 def merge_columns(x: Tensor, labels: Tensor, n_clusters: int, scale: Tensor | None, out: Tensor) -> None:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyfold.ops.triton import tiles
-from pyfold.ops.triton.problems import DTYPE, INTERPRETED, address, aligned, size, starts, table
+from pyfold.ops.triton.kernels.problems import DTYPE, INTERPRETED, address, aligned, size, starts, table
 
 FIELDS = tl.constexpr(9)  # x, its row stride, N, D, centroids, K, first point, first cluster, first rounded value
 FAR = tl.constexpr(3e38)  # finite: the screen writes column numbers into its lowest bits
@@ -93,7 +93,8 @@ def _nearest(
     problem = problems + index * FIELDS
     x = address(problem, 0, DTYPE, ALIGNED)
     stride = size(problem, 1, MULTIPLE)
-    d = size(problem, 3, MULTIPLE).to(tl.int32)
+    width = size(problem, 3, MULTIPLE)
+    d = width.to(tl.int32)
     n_clusters = tl.load(problem + 5).to(tl.int32)
     first_point = tl.load(problem + 6)
     first_cluster = tl.load(problem + 7)
@@ -124,7 +125,7 @@ def _nearest(
         label = tl.zeros([BLOCK_N], tl.int32)
         for begin in range(split * share, tl.minimum((split + 1) * share, n_clusters), BLOCK_K):
             k = begin + columns
-            column = centroids + begin.to(tl.int64) * d + (columns * d)[None, :]
+            column = centroids + begin * width + (columns * d)[None, :]
             acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
             if ONE_PANEL:
                 c = tl.load(column + features[:, None], mask=(features < d)[:, None] & (k < n_clusters)[None, :], other=0.0)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyfold.ops.triton import tiles
-from pyfold.ops.triton.problems import DTYPE, address, aligned, cluster_members, per_cluster, size, starts, table
+from pyfold.ops.triton.kernels.problems import DTYPE, address, aligned, cluster_members, per_cluster, size, starts, table
 
 FIELDS = tl.constexpr(6)  # x, its row stride, D, first point, first cluster, result
 PIECE = 512
@@ -106,7 +106,7 @@ def _add_pieces(
 
 
 def segment_means(
-    xs: list[Tensor], labels: list[Tensor], weights: list[Tensor] | None, outs: list[Tensor], *, ascending: bool
+    xs: list[Tensor], labels: list[Tensor], weights: list[Tensor | None], outs: list[Tensor], *, ascending: bool
 ) -> None:
     """Weighted mean of each cluster's rows into ``outs`` (K, D). ``ascending``: every sum in member order, in one piece."""
     device = xs[0].device
@@ -135,10 +135,12 @@ def segment_means(
     tile = tiles.segment_rows(width, ascending=ascending)
     chunks = triton.cdiv(width, tile.columns)
     out = DTYPE[outs[0].dtype]
-    flat_weights = masses if weights is None else torch.cat(weights)
+    weighted = any(w is not None for w in weights)
+    given = [torch.ones(x.shape[0], dtype=torch.float64, device=device) if w is None else w for x, w in zip(xs, weights, strict=True)]
+    flat_weights = torch.cat(given) if weighted else masses
     _sum_pieces[(n_pieces, chunks)](
         problems, order, offsets, first_piece, cluster_of_piece, problem_of_cluster, flat_weights, sums, masses, k, width,
-        PIECE=piece, IN=DTYPE[xs[0].dtype], OUT=out, WEIGHTED=weights is not None, ALIGNED=aligned(xs) and aligned(outs),
+        PIECE=piece, IN=DTYPE[xs[0].dtype], OUT=out, WEIGHTED=weighted, ALIGNED=aligned(xs) and aligned(outs),
         BLOCK_M=tile.rows, BLOCK_D=tile.columns, **tile.options(),
     )  # fmt: skip
     if n_split:
@@ -149,11 +151,10 @@ def segment_means(
         )  # fmt: skip
 
 
-def update(xs: list[Tensor], labels: list[Tensor], n_clusters: list[int], weights: list[Tensor] | None) -> list[Tensor]:
+def update(xs: list[Tensor], labels: list[Tensor], n_clusters: list[int], weights: list[Tensor | None]) -> list[Tensor]:
     """Weighted mean of each cluster's points: Σ_{i∈c} w_i x_i / Σ_{i∈c} w_i, (K, D) in fp32."""
     if len({x.dtype for x in xs}) > 1:
-        of = [None] * len(xs) if weights is None else [[w] for w in weights]
-        return [update([x], [y], [k], w)[0] for x, y, k, w in zip(xs, labels, n_clusters, of, strict=True)]
+        return [update([x], [y], [k], [w])[0] for x, y, k, w in zip(xs, labels, n_clusters, weights, strict=True)]
     sizes = [k * x.shape[1] for k, x in zip(n_clusters, xs, strict=True)]
     flat = torch.empty(sum(sizes), dtype=torch.float32, device=xs[0].device)
     centroids = [part.view(k, -1) for part, k in zip(flat.split(sizes), n_clusters, strict=True)]
