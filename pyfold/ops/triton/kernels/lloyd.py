@@ -18,37 +18,46 @@ import triton.language as tl
 from torch import Tensor
 
 from pyfold.ops.triton import tiles
-from pyfold.ops.triton.kernels.problems import address, aligned, cluster_members, size, starts, table
+from pyfold.ops.triton.kernels.problems import address, aligned, cluster_members, negative_zero, size, starts, table
 
 FIELDS = tl.constexpr(5)  # Gram matrix, N, K, first point, first cluster
 
 
 @triton.jit
-def _own_sums(problems, order, offsets, labels, weights, sums, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
-    """w_i S_ic of each point with its own cluster, in fp64, in cluster order."""
+def _row(tile, steps, step: tl.constexpr, nothing):
+    """One row of a tile. A thread holds whole columns of it and x + -0.0 is x, so this compiles to nothing."""
+    return tl.sum(tl.where(steps == step, tile, nothing), 0, keep_dims=True)
+
+
+@triton.jit
+def _own_sums(problems, order, offsets, labels, weights, sums, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr):
+    """S_ic of each point with its own cluster, in the very steps of ``_least_scores``: to the bit what that will find."""
     problem = problems + tl.program_id(1) * FIELDS
     gram = tl.load(problem).to(tl.pointer_type(tl.float32))
     n = tl.load(problem + 1)
     first_point = tl.load(problem + 3)
-    positions = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    positions = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     valid = positions < n
     points = tl.load(order + first_point + positions, mask=valid, other=0)
     cluster = tl.load(labels + points, mask=valid, other=0) + tl.load(problem + 4)
     first = tl.load(offsets + cluster, mask=valid, other=0)
     count = tl.load(offsets + cluster + 1, mask=valid, other=0) - first
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float64)
-    for at in range(0, tl.max(count), BLOCK_M):
-        member = at + tl.arange(0, BLOCK_M)
-        inside = member[None, :] < count[:, None]
-        others = tl.load(order + first[:, None] + member[None, :], mask=inside, other=0)
-        entry = tl.load(gram + (points - first_point)[:, None] * n + (others - first_point), mask=inside, other=0.0)
-        acc += entry.to(tl.float64) * tl.load(weights + others, mask=inside, other=0.0)
-    tl.store(sums + first_point + positions, tl.sum(acc, 1) * tl.load(weights + points, mask=valid, other=0.0), mask=valid)
+    acc = tl.zeros([1, BLOCK_N], tl.float32)
+    steps = tl.arange(0, UNROLL)[:, None]
+    nothing = negative_zero([UNROLL, BLOCK_N])
+    for at in range(0, tl.max(count), UNROLL):
+        inside = at + steps < count
+        members = tl.load(order + first + at + steps, mask=inside, other=0)
+        tile = tl.load(gram + (members - first_point) * n + (points - first_point), mask=inside, other=0.0)
+        weight = tl.load(weights + members, mask=inside, other=0.0).to(tl.float32)
+        for step in tl.static_range(UNROLL):
+            acc = tl.fma(_row(weight, steps, step, nothing), _row(tile, steps, step, nothing), acc)
+    tl.store(sums + points, acc, mask=valid)
 
 
 @triton.jit
 def _totals(
-    order, offsets, weights, sums, row_weights, row_clusters, factors, biases, n_clusters, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr
+    order, offsets, weights, sums, row_weights, row_factors, row_biases, row_clusters, n_clusters, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr
 ):
     """Per row of G in cluster order: its weight and, on the last of cluster c, −2 / W_c, T_c / W_c² and c (elsewhere 0, inf, −1)."""
     cluster = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -60,24 +69,31 @@ def _totals(
         member = at + tl.arange(0, BLOCK_M)
         inside = member[None, :] < count[:, None]
         position = first[:, None] + member[None, :]
-        weight = tl.load(weights + tl.load(order + position, mask=inside, other=0), mask=inside, other=0.0)
+        point = tl.load(order + position, mask=inside, other=0)
+        weight = tl.load(weights + point, mask=inside, other=0.0)
         mass += weight
-        total += tl.load(sums + position, mask=inside, other=0.0)
+        total += weight * tl.load(sums + point, mask=inside, other=0.0)
         tl.store(row_weights + position, weight.to(tl.float32), mask=inside)
-        tl.store(row_clusters + position, -1, mask=inside & (member[None, :] < count[:, None] - 1))
+        others = inside & (member[None, :] < count[:, None] - 1)
+        tl.store(row_factors + position, 0.0, mask=others)
+        tl.store(row_biases + position, float("inf"), mask=others)
+        tl.store(row_clusters + position, -1, mask=others)
     W = tl.where(count > 0, tl.sum(mass, 1), 1.0)
     last = first + count - 1
+    tl.store(row_factors + last, (-2.0 / W).to(tl.float32), mask=count > 0)
+    tl.store(row_biases + last, (tl.sum(total, 1) / (W * W)).to(tl.float32), mask=count > 0)
     tl.store(row_clusters + last, cluster, mask=count > 0)
-    tl.store(factors + cluster, (-2.0 / W).to(tl.float32), mask=cluster < n_clusters)
-    tl.store(biases + cluster, (tl.sum(total, 1) / (W * W)).to(tl.float32), mask=cluster < n_clusters)
 
 
 @triton.jit
 def _least_scores(
-    problems, order, labels, bounds, row_weights, row_clusters, factors, biases, least, nearest, own, n_points,
+    problems, order, bounds, row_weights, row_factors, row_biases, row_clusters, least, nearest, n_points,
     ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Least score of a block of points over one split of the clusters, and the score of the cluster each point is in."""
+    """Least score of a block of points over one split of the clusters: UNROLL rows of G at a time, then one after another.
+
+    All of a point's values are (1, BLOCK_N), so that they have the layout of the tile's rows and stay in their threads.
+    """
     MULTIPLE: tl.constexpr = 4 if ALIGNED else 1
     index = tl.program_id(2)
     split = tl.program_id(1)
@@ -85,55 +101,58 @@ def _least_scores(
     gram = address(problem, 0, tl.float32, ALIGNED)
     n = size(problem, 1, MULTIPLE)
     first_point = tl.load(problem + 3)
-    first_cluster = tl.load(problem + 4)
-    points = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    points = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     valid = points < n
-    bounds += (index * (tl.num_programs(1) + 1) + split) * 2
+    bounds += index * (tl.num_programs(1) + 1) + split
     begin = tl.load(bounds)
-    end = tl.load(bounds + 2)
-    label = tl.load(labels + first_point + points, mask=valid, other=0) + first_cluster
-    acc = tl.zeros([BLOCK_N], tl.float32)
-    best = tl.full([BLOCK_N], float("inf"), tl.float32)
-    kept = tl.full([BLOCK_N], float("inf"), tl.float32)
-    chosen = tl.zeros([BLOCK_N], tl.int32)
+    end = tl.load(bounds + 1)
+    acc = tl.zeros([1, BLOCK_N], tl.float32)
+    best = tl.full([1, BLOCK_N], float("inf"), tl.float32)
+    chosen = tl.zeros([1, BLOCK_N], tl.int32)
+    steps = tl.arange(0, UNROLL)[:, None]
+    nothing = negative_zero([UNROLL, BLOCK_N])
     for at in range(begin, end, UNROLL):
-        for step in tl.static_range(UNROLL):  # no branch and no store in here, so that UNROLL rows are in flight
+        inside = at + steps < end
+        rows = tl.load(order + at + steps, mask=inside, other=first_point) - first_point
+        tile = tl.load(gram + rows * n + points, mask=inside & valid, other=0.0)
+        for step in tl.static_range(UNROLL):
             position = at + step
-            row = tl.load(order + position, mask=position < end, other=first_point) - first_point
             weight = tl.load(row_weights + position, mask=position < end, other=0.0)
+            factor = tl.load(row_factors + position, mask=position < end, other=0.0)
+            bias = tl.load(row_biases + position, mask=position < end, other=float("inf"))
             cluster = tl.load(row_clusters + position, mask=position < end, other=-1)
-            factor = tl.load(factors + cluster, mask=cluster >= 0, other=0.0)
-            bias = tl.load(biases + cluster, mask=cluster >= 0, other=float("inf"))
-            acc += weight * tl.load(gram + row * n + points, mask=valid, other=0.0)
-            score = acc * factor + bias
-            kept = tl.where(cluster == label, score, kept)
+            acc = tl.fma(tl.broadcast_to(weight, acc.shape), _row(tile, steps, step, nothing), acc)
+            score = tl.fma(acc, tl.broadcast_to(factor, acc.shape), tl.broadcast_to(bias, acc.shape))
             chosen = tl.where(score < best, cluster, chosen)
             best = tl.minimum(best, score)
             acc = tl.where(cluster >= 0, 0.0, acc)
-    at_point = split.to(tl.int64) * n_points + first_point + points
+    at_point = first_point + points + split * n_points
     tl.store(least + at_point, best, mask=valid)
     tl.store(nearest + at_point, chosen, mask=valid)
-    first, last = tl.load(bounds + 1), tl.load(bounds + 3)
-    tl.store(own + first_point + points, kept, mask=valid & (label >= first) & (label < last))
 
 
 @triton.jit
 def _choose(
-    problems, least, nearest, own, labels, n_points, chosen, distances, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr
-):
+    problems, offsets, labels, sums, row_factors, row_biases, least, nearest, n_points, chosen, distances,
+    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """The best of the splits: a point stays where it is unless another cluster is strictly nearer."""
     problem = problems + tl.program_id(1) * FIELDS
     gram = tl.load(problem).to(tl.pointer_type(tl.float32))
     n = tl.load(problem + 1)
     first_point = tl.load(problem + 3)
+    first_cluster = tl.load(problem + 4)
     points = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = points < n
-    best = tl.load(own + first_point + points, mask=valid, other=0.0)
     label = tl.load(labels + first_point + points, mask=valid, other=0)
+    last = tl.load(offsets + first_cluster + label + 1, mask=valid, other=1) - 1
+    factor = tl.load(row_factors + last, mask=valid, other=0.0)
+    bias = tl.load(row_biases + last, mask=valid, other=0.0)
+    best = tl.fma(tl.load(sums + first_point + points, mask=valid, other=0.0), factor, bias)
     for split in range(SPLITS):
         at_point = first_point + points + split * n_points
         low = tl.load(least + at_point, mask=valid, other=0.0)
-        label = tl.where(low < best, tl.load(nearest + at_point, mask=valid, other=0) - tl.load(problem + 4), label)
+        label = tl.where(low < best, tl.load(nearest + at_point, mask=valid, other=0) - first_cluster, label)
         best = tl.minimum(best, low)
     norm = tl.load(gram + points.to(tl.int64) * (n + 1), mask=valid, other=0.0)
     tl.store(chosen + first_point + points, label, mask=valid)
@@ -151,30 +170,28 @@ def lloyd(
     problems = table([[gram.data_ptr() for gram in grams], n, n_clusters, first_point[:-1], first_cluster[:-1]], device)
     order, offsets = cluster_members(labels, n_clusters)
     before, w = torch.cat(labels), torch.cat(weights)
-    sums = torch.empty_like(w)
-    _own_sums[(triton.cdiv(max(n), 32), len(grams))](problems, order, offsets, before, w, sums, BLOCK_N=32, BLOCK_M=8)
-    row_weights, own, distances = torch.empty((3, n_points), dtype=torch.float32, device=device)
+    sums, row_weights, row_factors, row_biases, distances = torch.empty((5, n_points), dtype=torch.float32, device=device)
     row_clusters = torch.empty(n_points, dtype=torch.int32, device=device)
-    factors, biases = torch.empty((2, k), dtype=torch.float32, device=device)
+    _own_sums[(triton.cdiv(max(n), 128), len(grams))](problems, order, offsets, before, w, sums, BLOCK_N=128, UNROLL=8)
     _totals[(triton.cdiv(k, 32),)](
-        order, offsets, w, sums, row_weights, row_clusters, factors, biases, k, BLOCK_K=32, BLOCK_M=8
+        order, offsets, w, sums, row_weights, row_factors, row_biases, row_clusters, k, BLOCK_K=32, BLOCK_M=8
     )
 
     tile = tiles.lloyd(max(n))
     blocks = [triton.cdiv(points, tile.columns) for points in n]
     splits = tiles.lloyd_splits(sum(blocks), max(n), tiles.chip(device).n_sms)
-    # Split s of N rows begins at the first cluster that begins at or after row s N / splits.
+    # Split s of N rows begins with the first cluster that begins at or after row s N / splits.
     cuts = [base + part * points // splits for base, points in zip(first_point, n, strict=False) for part in range(splits + 1)]
-    edges = torch.searchsorted(offsets, torch.tensor(cuts, device=device))
-    bounds = torch.stack([offsets[edges], edges], 1)
+    bounds = offsets[torch.searchsorted(offsets, torch.tensor(cuts, device=device))]
     least = torch.empty((splits, n_points), dtype=torch.float32, device=device)
     nearest = torch.empty((splits, n_points), dtype=torch.int32, device=device)
     _least_scores[(max(blocks), splits, len(grams))](
-        problems, order, before, bounds, row_weights, row_clusters, factors, biases, least, nearest, own, n_points,
+        problems, order, bounds, row_weights, row_factors, row_biases, row_clusters, least, nearest, n_points,
         ALIGNED=aligned(grams), BLOCK_N=tile.columns, UNROLL=tile.depth, **tile.options(),
     )  # fmt: skip
     chosen = torch.empty_like(before)
     _choose[(triton.cdiv(max(n), 128), len(grams))](
-        problems, least, nearest, own, before, n_points, chosen, distances, SPLITS=splits, BLOCK_N=128
-    )
+        problems, offsets, before, sums, row_factors, row_biases, least, nearest, n_points, chosen, distances,
+        SPLITS=splits, BLOCK_N=128,
+    )  # fmt: skip
     return list(zip(chosen.split(n), distances.split(n), strict=True))

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyfold.ops.triton import tiles
-from pyfold.ops.triton.kernels.problems import DTYPE, cluster_members
+from pyfold.ops.triton.kernels.problems import DTYPE, cluster_members, negative_zero
 from pyfold.ops.triton.kernels.update import segment_means
 
 
@@ -27,14 +27,15 @@ def _sum_columns(
         k = begin + tl.arange(0, BLOCK_K)
         first = tl.load(offsets + k, mask=k < n_clusters, other=0)
         count = tl.load(offsets + k + 1, mask=k < n_clusters, other=0) - first
-        acc = tl.full([BLOCK_H, BLOCK_K], -0.0, tl.float32)
+        nothing = negative_zero([BLOCK_H, BLOCK_K])  # 0.0 would turn a lone -0.0 into 0.0
+        acc = nothing
         for at in range(0, tl.max(count)):
             member = tl.load(order + first + at, mask=at < count, other=0)
             inside = (rows < h)[:, None] & (at < count)[None, :]
-            value = tl.load(row + member[None, :], mask=inside, other=-0.0, eviction_policy="evict_last").to(tl.float32)
+            value = tl.load(row + member[None, :], mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
             if SCALED:
                 value *= tl.load(scale + member, mask=at < count, other=0.0)[None, :]
-            acc += tl.where(inside, value, -0.0)
+            acc += tl.where(inside, value, nothing)
         inside = (rows < h)[:, None] & (k < n_clusters)[None, :]
         tl.store(out + rows.to(tl.int64)[:, None] * n_clusters + k[None, :], acc.to(OUT), mask=inside)
 

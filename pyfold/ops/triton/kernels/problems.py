@@ -75,3 +75,9 @@ def address(problem, FIELD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.const
 def size(problem, FIELD: tl.constexpr, MULTIPLE: tl.constexpr):
     """A size or stride from the table, int64."""
     return tl.multiple_of(tl.load(problem + FIELD), MULTIPLE)
+
+
+@triton.jit
+def negative_zero(SHAPE: tl.constexpr):
+    """-0.0, the neutral element of addition: 0.0 + -0.0 is 0.0. (The compiler reads the literal -0.0 as 0.0.)"""
+    return tl.full(SHAPE, -(2**31), tl.int32).to(tl.float32, bitcast=True)

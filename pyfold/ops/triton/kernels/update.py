@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyfold.ops.triton import tiles
-from pyfold.ops.triton.kernels.problems import DTYPE, address, aligned, cluster_members, per_cluster, size, starts, table
+from pyfold.ops.triton.kernels.problems import DTYPE, address, aligned, cluster_members, negative_zero, per_cluster, size, starts, table
 
 FIELDS = tl.constexpr(6)  # x, its row stride, D, first point, first cluster, result
 PIECE = 512
@@ -49,22 +49,21 @@ def _sum_pieces(
         end = tl.minimum(begin + PIECE, last)
         columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = columns < d
-        # -0.0 is the neutral element: 0.0 would turn a lone -0.0 into 0.0.
-        acc = tl.full([BLOCK_M, BLOCK_D], -0.0, tl.float32)
+        nothing = negative_zero([BLOCK_M, BLOCK_D])  # 0.0 would turn a lone -0.0 into 0.0
+        acc = nothing
         mass = tl.zeros([BLOCK_M], tl.float64)
         for at in range(begin, end, BLOCK_M):
             members = at + tl.arange(0, BLOCK_M)
             valid = members < end
             points = tl.load(order + members, mask=valid, other=0)
-            row = tl.load(
-                x + (points - first_point)[:, None] * stride + columns[None, :], mask=valid[:, None] & inside[None, :], other=-0.0
-            ).to(tl.float32)
+            mask = valid[:, None] & inside[None, :]
+            row = tl.load(x + (points - first_point)[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
             if WEIGHTED:
                 weight = tl.load(weights + points, mask=valid, other=0.0).to(tl.float32)
                 weight = tl.where(valid & (last - first == 1), 1.0, weight)  # w x / w may differ from x
                 mass += weight.to(tl.float64)
                 row = weight[:, None] * row
-            acc += row
+            acc += tl.where(mask, row, nothing)
         total = tl.sum(acc, 0)
         if WEIGHTED:
             whole = tl.sum(mass)
