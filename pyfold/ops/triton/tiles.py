@@ -6,11 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-# Shared memory that one block may use, in bytes (CUDA programming guide, technical specifications per compute capability).
-SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-REGISTERS = 64 << 10  # 32-bit registers of an SM; 255 a thread
-
-
 class Tile(NamedTuple):
     """A block of the result and how it is computed."""
 
@@ -41,17 +36,12 @@ def chip(device: torch.device) -> Chip:
     return Chip(properties.major * 10 + properties.minor, properties.multi_processor_count)
 
 
-def shared_memory(arch: int) -> int:
-    """Bytes a block may use on ``arch``; a chip not listed gets the least of the listed, which every chip since sm_80 has."""
-    return SHARED.get(arch, min(SHARED.values()))
-
-
 def up_to(limit: int, size: int, least: int = 16) -> int:
     """The smallest power of two that holds ``size``, within [least, limit]."""
     return max(least, min(limit, 1 << (size - 1).bit_length()))
 
 
-def assign(arch: int, itemsize: int, k: int, d: int, *, exact: bool) -> Tile:
+def assign(arch: int, itemsize: int, n: int, k: int, d: int, *, exact: bool) -> Tile:
     """Points x centroids x features of one step of the nearest-centroid product.
 
     The minimum over a row costs as much as a product of depth 128, so the screen wants two blocks on a multiprocessor, one in
@@ -68,7 +58,7 @@ def assign(arch: int, itemsize: int, k: int, d: int, *, exact: bool) -> Tile:
         tile = Tile(128, 64, 128, 8, 3) if d <= 128 else Tile(128, 128, 64, 8, 3)
     else:
         tile = Tile(128, 64, 128, 8, 2, 128) if d <= 128 else Tile(128, 64, 64, 8, 3)
-    return tile._replace(columns=up_to(tile.columns, k), depth=up_to(tile.depth, d))
+    return tile._replace(rows=up_to(tile.rows, n, least=64), columns=up_to(tile.columns, k), depth=up_to(tile.depth, d))
 
 
 def splits(blocks: int, parts: int, n_sms: int) -> int:
@@ -79,7 +69,7 @@ def splits(blocks: int, parts: int, n_sms: int) -> int:
 def segment_rows(d: int, *, ascending: bool) -> Tile:
     """Members x columns of one step of a cluster's sum; ``ascending`` takes the members one by one, in order."""
     columns = up_to(1024 if ascending else 128, d)
-    return Tile(1 if ascending else max(1, 4096 // columns), columns, 1, 4, 2)
+    return Tile(1 if ascending else min(64, 4096 // columns), columns, 1, 4, 2)
 
 
 def segment_columns(k: int) -> Tile:
@@ -88,10 +78,10 @@ def segment_columns(k: int) -> Tile:
 
 
 def lloyd(n: int) -> Tile:
-    """Points of a block, four a thread; ``depth`` rows of G are in flight at once."""
-    return Tile(1, up_to(512, n, least=128), 8, 4, 1)
+    """Points of a block, four a thread, and rows of G in flight at once."""
+    return Tile(1, up_to(512, n, least=128), 16, 4, 1)
 
 
 def lloyd_splits(blocks: int, n: int, n_sms: int) -> int:
-    """Splits of the rows of G: eight blocks of four warps a multiprocessor, in which 64 rows at least pay for the minimum."""
-    return max(1, min(-(-n // 64), 8 * n_sms // blocks))
+    """Splits of the rows of G: the five blocks of 96 registers that a multiprocessor holds, and 64 rows a split at least."""
+    return max(1, min(-(-n // 64), 5 * n_sms // blocks))

@@ -254,7 +254,7 @@ def assign(xs: list[Tensor], centroids: list[Tensor]) -> list[tuple[Tensor, Tens
     distances = floats(n_points)
     common = {"DTYPE": dtype, "ALIGNED": aligned(xs + centroids)}
     for SCREEN, LISTED in ((True, False), (False, True)) if screen else ((False, False),):
-        tile = tiles.assign(chip.arch, xs[0].element_size(), max(k), max(d), exact=not SCREEN)
+        tile = tiles.assign(chip.arch, xs[0].element_size(), max(n), max(k), max(d), exact=not SCREEN)
         blocks = triton.cdiv(max(n), tile.rows)
         parts = triton.cdiv(max(k), tile.columns)
         if LISTED:  # few blocks, as a rule: always split, and no more programs than run at once
@@ -274,6 +274,6 @@ def assign(xs: list[Tensor], centroids: list[Tensor]) -> list[tuple[Tensor, Tens
         blocks = min(triton.cdiv(max(n), rows), 8 * chip.n_sms) if LISTED else triton.cdiv(max(n), rows)
         _finish[(blocks, len(xs))](
             problems, shifts, listed, counts, least, second, nearest, n_points, labels, distances, SPLITS=splits, **common,
-            SCREEN=SCREEN, LISTED=LISTED, BLOCK_N=rows, BLOCK_D=tiles.up_to(128, max(d)), BLOCK_K=tile.columns,
+            SCREEN=SCREEN, LISTED=LISTED, BLOCK_N=rows, BLOCK_D=tiles.up_to(128, max(d)), BLOCK_K=tile.columns, num_warps=8,
         )  # fmt: skip
     return list(zip(labels.split(n), distances.split(n), strict=True))
