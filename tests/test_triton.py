@@ -53,7 +53,7 @@ def check_assigned(x: torch.Tensor, centroids: torch.Tensor, labels: torch.Tenso
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "d", "k"), [(1, 1, 1), (3, 129, 3), (7, 3, 7), (127, 40, 20), (129, 129, 70), (3, 12288, 2)])
+@pytest.mark.parametrize(("n", "d", "k"), [(1, 1, 1), (3, 129, 3), (7, 3, 7), (127, 16, 70), (129, 129, 16), (3, 12288, 2)])
 def test_assign_takes_the_nearest(dtype: torch.dtype, n: int, d: int, k: int) -> None:
     x, centroids = points(n, d, dtype), points(k, d, seed=1)
     check_assigned(x, centroids, *ops.assign(x, centroids, backend="triton"))
@@ -61,7 +61,7 @@ def test_assign_takes_the_nearest(dtype: torch.dtype, n: int, d: int, k: int) ->
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_assign_tells_centroids_apart_that_round_to_the_same(dtype: torch.dtype) -> None:
-    centroids = points(1, 32, seed=1).repeat(2, 1)
+    centroids = points(1, 32, dtype, seed=1).float().repeat(2, 1)
     centroids[1] *= 1 + torch.finfo(dtype).eps / 8
     x = torch.cat([centroids * s for s in (0.5, 0.9, 1.1, 2.0)]).to(dtype)
     rounded = centroids.to(dtype).float()
@@ -98,7 +98,7 @@ def test_assign_of_a_strided_view_and_points_in_another_order() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
-@pytest.mark.parametrize(("n", "d", "k"), [(1, 1, 1), (7, 129, 7), (127, 3, 63), (129, 12288, 2), (1700, 5, 2), (1100, 20, 1)])
+@pytest.mark.parametrize(("n", "d", "k"), [(1, 1, 1), (7, 129, 7), (127, 3, 63), (3, 12288, 2), (1700, 5, 2), (1100, 20, 1)])
 def test_update_takes_the_mean(dtype: torch.dtype, weighted: bool, n: int, d: int, k: int) -> None:
     x, labels = points(n, d, dtype) + 3, partition(n, k)
     weights = weights_of(n) if weighted else None
@@ -110,9 +110,7 @@ def test_update_takes_the_mean(dtype: torch.dtype, weighted: bool, n: int, d: in
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
-@pytest.mark.parametrize(
-    ("n", "k"), [(1, 1), (3, 1), (7, 7), (127, 63), (129, 1), (129, 129), (300, 150), (300, 4), (700, 630)]
-)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 1), (7, 7), (127, 63), (129, 1), (129, 129), (200, 180), (520, 10)])
 def test_lloyd_moves_every_point_to_its_nearest_cluster(weighted: bool, n: int, k: int) -> None:
     x, before = points(n, 24), partition(n, k)
     gram = ops.gram(x, backend="reference")
@@ -144,7 +142,7 @@ def test_lloyd_leaves_for_the_lowest_of_equals() -> None:
 
 @pytest.mark.parametrize("to", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "d", "k"), [(1, 1, 1), (7, 3, 4), (129, 1100, 64), (60, 5, 1)])
+@pytest.mark.parametrize(("n", "d", "k"), [(1, 1, 1), (7, 3, 4), (129, 40, 64), (5, 1100, 3), (60, 5, 1)])
 def test_merges_match_reference(dtype: torch.dtype, to: torch.dtype, n: int, d: int, k: int) -> None:
     x, labels = points(n, d, dtype), partition(n, k)
     # The interpreter rounds to bfloat16 toward zero.
@@ -153,7 +151,7 @@ def test_merges_match_reference(dtype: torch.dtype, to: torch.dtype, n: int, d: 
         expected = ops.merge_rows(x, labels, k, weights=w, dtype=torch.float32, backend="reference")
         got = ops.merge_rows(x, labels, k, weights=w, dtype=to, backend="triton")
         torch.testing.assert_close(got.float(), expected, **tolerance)
-    columns = x.T.contiguous()
+    columns = x[:, :7].T.contiguous()
     for scale in (None, weights_of(n).float()):
         expected = ops.merge_columns(columns, labels, k, scale=scale, dtype=torch.float32, backend="reference")
         got = ops.merge_columns(columns, labels, k, scale=scale, dtype=to, backend="triton")
@@ -174,7 +172,7 @@ def test_a_cluster_of_one_keeps_its_bits(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lists_of_problems_give_the_bits_of_each(dtype: torch.dtype) -> None:
-    sizes = [(70, 9, 5), (1, 3, 1), (33, 20, 33)]
+    sizes = [(40, 9, 5), (1, 3, 1), (21, 20, 21)]
     xs = [points(n, d, dtype, seed=i) for i, (n, d, _) in enumerate(sizes)]
     ks = [k for _, _, k in sizes]
     labels = [partition(n, k) for n, _, k in sizes]
@@ -192,12 +190,12 @@ def test_lists_of_problems_give_the_bits_of_each(dtype: torch.dtype) -> None:
 
 
 def test_every_run_gives_the_same_bits() -> None:
-    x, labels, weights = points(90, 40, torch.float16), partition(90, 30), weights_of(90)
+    x, labels, weights = points(50, 20, torch.float16), partition(50, 15), weights_of(50)
     gram = ops.gram(x, backend="reference")
 
     def run() -> list[torch.Tensor]:
-        means = ops.update(x, labels, 30, weights=weights, backend="triton")
-        return [means, *ops.assign(x, means, backend="triton"), *ops.lloyd(gram, labels, 30, weights=weights, backend="triton")]
+        means = ops.update(x, labels, 15, weights=weights, backend="triton")
+        return [means, *ops.assign(x, means, backend="triton"), *ops.lloyd(gram, labels, 15, weights=weights, backend="triton")]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 

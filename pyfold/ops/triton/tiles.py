@@ -66,10 +66,11 @@ def splits(blocks: int, parts: int, n_sms: int) -> int:
     return max(1, min(parts, 4 * n_sms // blocks))
 
 
-def segment_rows(d: int, *, ascending: bool) -> Tile:
-    """Members x columns of one step of a cluster's sum; ``ascending`` takes the members one by one, in order."""
-    columns = up_to(1024 if ascending else 128, d)
-    return Tile(1 if ascending else min(64, 4096 // columns), columns, 1, 4, 2)
+def segment_rows(members: int, d: int, *, ascending: bool) -> Tile:
+    """Members x columns of one step of the sum of a cluster of ``members`` on average; ``ascending`` takes them one by one."""
+    columns = up_to(1024, d)
+    rows = 1 if ascending else min(up_to(64, members, least=1), 4096 // columns)
+    return Tile(rows, columns, 1, 4, 2)
 
 
 def segment_columns(k: int) -> Tile:

@@ -64,7 +64,10 @@ def _sum_pieces(
                 mass += weight.to(tl.float64)
                 row = weight[:, None] * row
             acc += tl.where(mask, row, nothing)
-        total = tl.sum(acc, 0)
+        if BLOCK_M == 1:
+            total = tl.reshape(acc, [BLOCK_D])
+        else:
+            total = tl.sum(acc, 0)
         if WEIGHTED:
             whole = tl.sum(mass)
         else:
@@ -131,7 +134,7 @@ def segment_means(
     sums = torch.empty((n_slots, width), dtype=torch.float32, device=device)
     masses = torch.empty(n_slots, dtype=torch.float64, device=device)
 
-    tile = tiles.segment_rows(width, ascending=ascending)
+    tile = tiles.segment_rows(n // k, width, ascending=ascending)
     chunks = triton.cdiv(width, tile.columns)
     out = DTYPE[outs[0].dtype]
     weighted = any(w is not None for w in weights)
