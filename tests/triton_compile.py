@@ -1,4 +1,4 @@
-"""Compiles every kernel of the Triton backend to cubin, for chips this machine need not have, at the tiles its launchers choose.
+"""Compiles every kernel of the Triton backend to cubin, at the tiles its launchers choose; no GPU needed.
 
 The launchers run for real on CPU tensors; what they would launch is recorded and compiled. Prints a JSON list of
 {kernel, arch, dtype, constants, warps, registers, stack, shared, tf32}. A process of its own: the tests' has the interpreter.
@@ -66,7 +66,9 @@ def compiled(kernel: JITFunction[Any], arguments: dict[str, Any], arch: int) -> 
             signature[parameter.name] = "constexpr" if parameter.is_constexpr else "i32"
     options = {name: arguments[name] for name in OPTIONS if arguments.get(name) is not None}
     result = triton.compile(
-        ASTSource(kernel, signature, constexprs=constants, attrs=attributes), target=GPUTarget("cuda", arch, 32), options=options
+        ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
+        target=GPUTarget("cuda", arch, 32),
+        options=options,
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
@@ -95,7 +97,9 @@ def main() -> None:
             for dtype in DTYPES:
                 for kernel, arguments in launches(*shape, dtype):
                     kinds = {name: getattr(value, "dtype", value) for name, value in arguments.items()}
-                    variant = [str(kinds[p.name]) for p in kernel.params if p.is_constexpr or not isinstance(kinds[p.name], int)]
+                    variant = [
+                        str(kinds[p.name]) for p in kernel.params if p.is_constexpr or not isinstance(kinds[p.name], int)
+                    ]
                     key = (kernel.fn.__name__, arch, *variant)
                     if key not in seen:
                         seen.add(key)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+
 class Tile(NamedTuple):
     """A block of the result and how it is computed."""
 

@@ -6,8 +6,8 @@ is then taken once, directly, for the chosen centroid: no cancellation, and exac
 fp32 points: IEEE products on the FMA units (TF32 would lose 13 bits). 16-bit points: tensor cores, in two passes.
  - *Screen*: x times ĉ, the centroid rounded to the points' type, keeps the least and the second least score. By Cauchy and
    Schwarz a score is off by at most 2 ‖x‖ ‖c − ĉ‖, so where the two are further apart the label is proven.
- - *Exact*: the other points (i.i.d. Gaussian, D = 128, K = 1024: about 1 % in fp16, 9 % in bf16) again, with the centroid as three
-   bf16 parts and the point as one (bf16) or two (fp16). These hold every bit, and their products are exact.
+ - *Exact*: the other points (i.i.d. Gaussian, D = 128, K = 1024: about 1 % in fp16, 9 % in bf16) again, with the centroid as
+   three bf16 parts and the point as one (bf16) or two (fp16). These hold every bit, and their products are exact.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def _finish(
         tl.store(labels + first_point + points, label.to(tl.int64), mask=valid)
         tl.store(distances + first_point + points, tl.sum(squares, 1), mask=valid)
         if SCREEN:
-            # Both scores may be off by 2 ‖x‖ ‖c − ĉ‖ and by the bits that the column number took; 1.001 covers the norms' rounding.
+            # Both scores may be off by 2 ‖x‖ ‖c − ĉ‖ and by the bits that the column number took; 4.004: the norms are rounded.
             doubt = 4.004 * tl.sqrt(tl.sum(energy, 1)) * shift + (tl.abs(best) + tl.abs(runner_up)) * (BLOCK_K * 2.0**-23)
             unproven = valid & ~(runner_up - best > doubt)
             amount = unproven.to(tl.int32)

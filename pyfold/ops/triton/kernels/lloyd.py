@@ -2,8 +2,8 @@
 
 G is symmetric, so S_ic = Σ_{j∈c} w_j G_ij is a sum of *rows* j of G: a program owns a block of points (columns), walks down the
 rows sorted by cluster with one fp32 sum a point in registers, and at a cluster's last row turns the sum into the score
-T_c / W_c² − 2 S_ic / W_c and keeps the least. Reads are contiguous, nothing is gathered, N and K are not bounded by shared memory,
-and sums run in ascending member order. The rows are split between programs at cluster boundaries.
+T_c / W_c² − 2 S_ic / W_c and keeps the least. Reads are contiguous, nothing is gathered, shared memory bounds neither
+N nor K, and sums run in ascending member order. The rows are split between programs at cluster boundaries.
 
 T_c must be known first and needs the entries inside the clusters only, Σ_c |c|²: read once more than the one pass, which is
 nothing for K ≈ N/2 and 1/K of G for equal clusters; at K = 1 that is a second read. A cluster's rows are never shared
@@ -57,9 +57,19 @@ def _own_sums(problems, order, offsets, labels, weights, sums, BLOCK_N: tl.const
 
 @triton.jit
 def _totals(
-    order, offsets, weights, sums, row_weights, row_factors, row_biases, row_clusters, n_clusters, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr
+    order,
+    offsets,
+    weights,
+    sums,
+    row_weights,
+    row_factors,
+    row_biases,
+    row_clusters,
+    n_clusters,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
-    """Per row of G in cluster order: its weight and, on the last of cluster c, −2 / W_c, T_c / W_c² and c (elsewhere 0, inf, −1)."""
+    """Per row in cluster order: its weight and, on cluster c's last, −2 / W_c, T_c / W_c² and c (elsewhere 0, inf, −1)."""
     cluster = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     first = tl.load(offsets + cluster, mask=cluster < n_clusters, other=0)
     count = tl.load(offsets + cluster + 1, mask=cluster < n_clusters, other=0) - first

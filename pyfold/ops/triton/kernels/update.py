@@ -13,7 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from pyfold.ops.triton import tiles
-from pyfold.ops.triton.kernels.problems import DTYPE, address, aligned, cluster_members, negative_zero, per_cluster, size, starts, table
+from pyfold.ops.triton.kernels.problems import (
+    DTYPE,
+    address,
+    aligned,
+    cluster_members,
+    negative_zero,
+    per_cluster,
+    size,
+    starts,
+    table,
+)
 
 FIELDS = tl.constexpr(6)  # x, its row stride, D, first point, first cluster, result
 PIECE = 512
@@ -138,7 +148,9 @@ def segment_means(
     chunks = triton.cdiv(width, tile.columns)
     out = DTYPE[outs[0].dtype]
     weighted = any(w is not None for w in weights)
-    given = [torch.ones(x.shape[0], dtype=torch.float64, device=device) if w is None else w for x, w in zip(xs, weights, strict=True)]
+    given = [
+        torch.ones(x.shape[0], dtype=torch.float64, device=device) if w is None else w for x, w in zip(xs, weights, strict=True)
+    ]
     flat_weights = torch.cat(given) if weighted else masses
     _sum_pieces[(n_pieces, chunks)](
         problems, order, offsets, first_piece, cluster_of_piece, problem_of_cluster, flat_weights, sums, masses, k, width,
@@ -147,9 +159,10 @@ def segment_means(
     )  # fmt: skip
     if n_split:
         longest = torch.topk(sizes, n_split).indices
-        _add_pieces[(n_split, chunks)](
+        columns = tiles.up_to(128, width)
+        _add_pieces[(n_split, triton.cdiv(width, columns))](
             problems, offsets, first_piece, longest, problem_of_cluster, sums, masses, width,
-            PIECE=piece, OUT=out, BLOCK_P=16, BLOCK_D=tile.columns,
+            PIECE=piece, OUT=out, BLOCK_P=16, BLOCK_D=columns,
         )  # fmt: skip
 
 
