@@ -23,6 +23,8 @@ UP = "model.layers.1.mlp.up_proj.weight"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 BACKENDS = [f"cpu:{level}" for level in cpu.simd_levels()]
 
+if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter, which must be known before triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 

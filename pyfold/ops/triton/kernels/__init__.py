@@ -1,0 +1,1 @@
+"""The Triton kernels, one op a file: kernel, launcher, public function. Importing one imports triton."""
