@@ -5,10 +5,13 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "cpu/batch.h"
 #include "cpu/hartigan.h"
 #include "cpu/kernels.h"
+#include "cpu/lloyd.h"
 
 namespace py = pybind11;
 using namespace pyfold;
@@ -28,38 +31,74 @@ const Kernels& level(const std::string& name) {
     return *kernels;
 }
 
-void gram(const std::string& simd, Address x, int dtype, int64_t n, int64_t d, int64_t ld, bool transposed, Address out,
-          int threads) {
-    const Kernels& kernels = level(simd);
-    py::gil_scoped_release release;
-    std::vector<float> scratch(kernels.gram_scratch(n) + 16);
-    float* aligned = at<float>((reinterpret_cast<Address>(scratch.data()) + 63) & ~Address{63});
-    kernels.gram(at<void>(x), static_cast<DType>(dtype), n, d, ld, transposed, at<float>(out), aligned, threads);
+// The number of points of each problem, which is entry `at` of its tuple.
+template <size_t at, class Problem>
+std::vector<int64_t> sizes_of(const std::vector<Problem>& problems) {
+    std::vector<int64_t> sizes;
+    for (const Problem& problem : problems) sizes.push_back(std::get<at>(problem));
+    return sizes;
 }
 
-void mirror(const std::string& simd, Address gram, int64_t n, int threads) {
+// x, dtype, n, d, ld, out
+using GramProblem = std::tuple<Address, int, int64_t, int64_t, int64_t, Address>;
+
+void gram(const std::string& simd, const std::vector<GramProblem>& problems, bool accumulate, bool transposed, int threads) {
     const Kernels& kernels = level(simd);
     py::gil_scoped_release release;
-    kernels.mirror(at<float>(gram), n, threads);
+    for_each_problem(sizes_of<2>(problems), threads, [&](int64_t problem, int team) {
+        const auto& [x, dtype, n, d, ld, out] = problems[problem];
+        if (!accumulate) std::fill_n(at<float>(out), n * n, 0.0f);
+        std::vector<float> scratch(kernels.gram_scratch(n) + 16);
+        float* aligned = at<float>((reinterpret_cast<Address>(scratch.data()) + 63) & ~Address{63});
+        kernels.gram(at<void>(x), static_cast<DType>(dtype), n, d, ld, transposed, at<float>(out), aligned, team);
+        kernels.mirror(at<float>(out), n, team);
+    });
 }
 
-void ward(const std::string& simd, Address gram, int64_t n, int64_t n_clusters, Address weights, Address lo, Address hi,
-          Address height, int threads) {
+// gram, n, n_clusters, weights, lo, hi, height
+using WardProblem = std::tuple<Address, int64_t, int64_t, Address, Address, Address, Address>;
+
+void ward(const std::string& simd, const std::vector<WardProblem>& problems, int threads) {
     const Kernels& kernels = level(simd);
     py::gil_scoped_release release;
-    std::vector<double> weight(at<double>(weights), at<double>(weights) + n);
-    std::vector<float> key(n);
-    std::vector<int64_t> near(n);
-    kernels.ward(at<float>(gram), n, n_clusters, weight.data(), at<int64_t>(lo), at<int64_t>(hi), at<double>(height),
-                 key.data(), near.data(), threads);
-    kernels.mirror(at<float>(gram), n, threads);
+    for_each_problem(sizes_of<1>(problems), threads, [&](int64_t problem, int team) {
+        const auto& [gram, n, n_clusters, weights, lo, hi, height] = problems[problem];
+        std::vector<double> weight(at<double>(weights), at<double>(weights) + n);
+        std::vector<float> key(n);
+        std::vector<int64_t> near(n);
+        kernels.ward(at<float>(gram), n, n_clusters, weight.data(), at<int64_t>(lo), at<int64_t>(hi), at<double>(height),
+                     key.data(), near.data(), team);
+        kernels.mirror(at<float>(gram), n, team);
+    });
 }
 
-std::vector<double> refine(const std::string& simd, Address gram, int64_t n, int64_t n_clusters, Address labels,
-                           Address weights, int64_t max_moves, int threads) {
+// gram, n, n_clusters, labels, weights, moved, distances
+using LloydProblem = std::tuple<Address, int64_t, int64_t, Address, Address, Address, Address>;
+
+void lloyd_pass(const std::string& simd, const std::vector<LloydProblem>& problems, int threads) {
     const Kernels& kernels = level(simd);
     py::gil_scoped_release release;
-    return hartigan(kernels, at<float>(gram), n, n_clusters, at<int64_t>(labels), at<double>(weights), max_moves, threads);
+    for_each_problem(sizes_of<1>(problems), threads, [&](int64_t problem, int team) {
+        const auto& [gram, n, n_clusters, labels, weights, moved, distances] = problems[problem];
+        lloyd(kernels, at<float>(gram), n, n_clusters, at<int64_t>(labels), at<double>(weights), at<int64_t>(moved),
+              at<float>(distances), team);
+    });
+}
+
+// gram, n, n_clusters, labels (refined in place), weights
+using HartiganProblem = std::tuple<Address, int64_t, int64_t, Address, Address>;
+
+std::vector<std::vector<double>> refine(const std::string& simd, const std::vector<HartiganProblem>& problems,
+                                        int64_t max_moves, int threads) {
+    const Kernels& kernels = level(simd);
+    py::gil_scoped_release release;
+    std::vector<std::vector<double>> gains(problems.size());
+    for_each_problem(sizes_of<1>(problems), threads, [&](int64_t problem, int team) {
+        const auto& [gram, n, n_clusters, labels, weights] = problems[problem];
+        gains[problem] =
+            hartigan(kernels, at<float>(gram), n, n_clusters, at<int64_t>(labels), at<double>(weights), max_moves, team);
+    });
+    return gains;
 }
 
 void merge_rows(const std::string& simd, Address x, int in, int64_t d, int64_t ld, int64_t n_clusters, Address offsets,
@@ -100,8 +139,8 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "pyfold's C++ kernels; call them through pyfold.ops, which validates.";
     m.def("simd_levels", &simd_levels, "SIMD levels of this build that this CPU can run, best first.");
     m.def("gram", &gram);
-    m.def("mirror", &mirror);
     m.def("ward", &ward);
+    m.def("lloyd", &lloyd_pass);
     m.def("hartigan", &refine);
     m.def("merge_rows", &merge_rows);
     m.def("merge_columns", &merge_columns);

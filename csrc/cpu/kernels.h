@@ -42,6 +42,9 @@ struct Kernels {
     // Cheapest and second cheapest cluster for a point of weight w to enter: w W_c / (W_c + w) d²(i, c) over c != own.
     void (*cheapest)(const double* sums, const double* total, const double* weight, int64_t n_clusters, int64_t own,
                      double self, double w, double* cost, double* second, int64_t* target);
+    // Nearest cluster by d²(i, c), c = own unless another is strictly nearer; the lowest index among equals.
+    void (*nearest)(const double* sums, const double* total, const double* weight, int64_t n_clusters, int64_t own,
+                    double self, double* distance, int64_t* target);
     // Weighted mean of each cluster's rows: x (N, D) -> out (K, D). weights may be null.
     void (*merge_rows)(const void* x, DType in, int64_t d, int64_t ld, const Clusters& clusters, const double* weights,
                        void* out, DType to, int threads);

@@ -3,13 +3,8 @@ gives the same bits on any number of them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from pyfold.ops import Joins
 
 try:
     from pyfold import _C
@@ -37,48 +32,50 @@ class CpuBackend:
     def __init__(self, simd: str) -> None:
         self.simd = simd
 
-    def gram(self, x: Tensor, out: Tensor, accumulate: bool, transposed: bool) -> None:
-        if not accumulate:
-            out.zero_()
-        d, n = x.shape if transposed else x.shape[::-1]
-        threads = torch.get_num_threads()
-        stride = x.stride(0) if x.shape[0] > 1 else x.shape[1]
-        _C.gram(self.simd, x.data_ptr(), _DTYPE[x.dtype], n, d, stride, transposed, out.data_ptr(), threads)
-        _C.mirror(self.simd, out.data_ptr(), n, threads)
+    def gram(self, xs: list[Tensor], outs: list[Tensor], accumulate: bool, transposed: bool) -> None:
+        problems = []
+        for x, out in zip(xs, outs, strict=True):
+            d, n = x.shape if transposed else x.shape[::-1]
+            problems.append((x.data_ptr(), _DTYPE[x.dtype], n, d, _row_stride(x), out.data_ptr()))
+        _C.gram(self.simd, problems, accumulate, transposed, torch.get_num_threads())
 
-    def ward(self, gram: Tensor, n_clusters: int, weights: Tensor) -> Joins:
-        from pyfold.ops import Joins
+    def ward(self, grams: list[Tensor], n_clusters: list[int], weights: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        problems, joins = [], []
+        for g, k, w in zip(grams, n_clusters, weights, strict=True):
+            lo = torch.empty(len(g) - k, dtype=torch.int64)
+            joins.append((lo, torch.empty_like(lo), torch.empty(len(lo), dtype=torch.float64)))
+            problems.append((g.data_ptr(), len(g), k, w.data_ptr(), *(t.data_ptr() for t in joins[-1])))
+        _C.ward(self.simd, problems, torch.get_num_threads())
+        return joins
 
-        n = gram.shape[0]
-        lo = torch.empty(n - n_clusters, dtype=torch.int64)
-        hi = torch.empty_like(lo)
-        height = torch.empty(n - n_clusters, dtype=torch.float64)
-        _C.ward(
-            self.simd,
-            gram.data_ptr(),
-            n,
-            n_clusters,
-            weights.data_ptr(),
-            lo.data_ptr(),
-            hi.data_ptr(),
-            height.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return Joins(lo, hi, height)
+    def lloyd(
+        self, grams: list[Tensor], labels: list[Tensor], n_clusters: list[int], weights: list[Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        problems, moved = [], []
+        for g, given, k, w in zip(grams, labels, n_clusters, weights, strict=True):
+            moved.append((torch.empty_like(given), torch.empty(len(g), dtype=torch.float32)))
+            problems.append((g.data_ptr(), len(g), k, given.data_ptr(), w.data_ptr(), *(t.data_ptr() for t in moved[-1])))
+        _C.lloyd(self.simd, problems, torch.get_num_threads())
+        return moved
 
-    def hartigan(self, gram: Tensor, labels: Tensor, n_clusters: int, weights: Tensor, max_moves: int) -> tuple[Tensor, Tensor]:
-        labels = labels.clone()
-        gains = _C.hartigan(
-            self.simd,
-            gram.data_ptr(),
-            gram.shape[0],
-            n_clusters,
-            labels.data_ptr(),
-            weights.data_ptr(),
-            max_moves,
-            torch.get_num_threads(),
-        )
-        return labels, torch.tensor(gains, dtype=torch.float64)
+    def hartigan(
+        self, grams: list[Tensor], labels: list[Tensor], n_clusters: list[int], weights: list[Tensor], max_moves: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        refined = [given.clone() for given in labels]
+        problems = [
+            (g.data_ptr(), len(g), k, moved.data_ptr(), w.data_ptr())
+            for g, moved, k, w in zip(grams, refined, n_clusters, weights, strict=True)
+        ]
+        gains = _C.hartigan(self.simd, problems, max_moves, torch.get_num_threads())
+        return [(moved, torch.tensor(gain, dtype=torch.float64)) for moved, gain in zip(refined, gains, strict=True)]
+
+    def update(
+        self, xs: list[Tensor], labels: list[Tensor], n_clusters: list[int], weights: list[Tensor | None]
+    ) -> list[Tensor]:
+        means = [torch.empty((k, x.shape[1]), dtype=torch.float32) for x, k in zip(xs, n_clusters, strict=True)]
+        for problem in zip(xs, labels, n_clusters, weights, means, strict=True):
+            self.merge_rows(*problem)
+        return means
 
     def merge_rows(self, x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None, out: Tensor) -> None:
         offsets, members = _clusters(labels, n_clusters)
@@ -125,3 +122,7 @@ def _clusters(labels: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
     offsets = torch.zeros(n_clusters + 1, dtype=torch.int64)
     torch.cumsum(torch.bincount(labels, minlength=n_clusters), 0, out=offsets[1:])
     return offsets, torch.argsort(labels, stable=True)
+
+
+def _row_stride(x: Tensor) -> int:
+    return x.stride(0) if x.shape[0] > 1 else x.shape[1]
