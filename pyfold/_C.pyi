@@ -19,3 +19,31 @@ def merge_columns(
     out: int, to: int, threads: int, /,
 ) -> None: ...  # fmt: skip
 def first_nonfinite(simd: str, x: int, dtype: int, count: int, threads: int, /) -> int: ...
+
+# csrc/cuda/bindings.cpp, in builds with CUDA. `limits`: bytes of shared memory a block may have, bytes and threads of an SM.
+CUDA_PIECE: int
+
+def cuda_lloyd_tile(n: int, limits: tuple[int, int, int], /) -> tuple[int, int, int, int]: ...
+def cuda_columns_tile(n: int, item: int, limits: tuple[int, int, int], /) -> tuple[int, int, int, int]: ...
+def cuda_lloyd_workspace(n: int, n_clusters: int, /) -> int: ...
+def cuda_lloyd(
+    problems: int, n_problems: int, n_points: int, n_clusters: int, max_n: int, members: int, offsets: int, shares: int,
+    limits: tuple[int, int, int], multiprocessors: int, stream: int, /,
+) -> None: ...  # fmt: skip
+def cuda_merge_rows(
+    x: int, dtype: int, d: int, ld: int, n_clusters: int, offsets: int, members: int, weights: int, out: int, to: int,
+    stream: int, /,
+) -> None: ...  # fmt: skip
+def cuda_merge_columns(
+    x: int, dtype: int, h: int, n: int, ld: int, n_clusters: int, offsets: int, members: int, scale: int, out: int, to: int,
+    limits: tuple[int, int, int], stream: int, /,
+) -> None: ...  # fmt: skip
+def cuda_update(
+    problems: int, n_problems: int, dtype: int, vector: bool, max_d: int, max_pieces: int, max_clusters: int, n_clusters: int,
+    offsets: int, members: int, pieces: int, mass: int, stream: int, /,
+) -> None: ...  # fmt: skip
+def cuda_mirror(problems: int, n_problems: int, max_n: int, stream: int, /) -> None: ...
+def cuda_ward_workspace(problems: list[tuple[int, ...]], /) -> int: ...
+def cuda_ward(problems: list[tuple[int, ...]], workspace: int, stream: int, /) -> None: ...
+def cuda_hartigan_workspace(problems: list[tuple[int, ...]], /) -> int: ...
+def cuda_hartigan(problems: list[tuple[int, ...]], workspace: int, stream: int, /) -> None: ...

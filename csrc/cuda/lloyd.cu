@@ -27,7 +27,7 @@ struct Unit {
 };
 
 // A problem's workspace. Clusters are in order of rank: the long ones, then the others, longest first.
-struct Workspace {
+struct Layout {
     Header* header;
     float2* terms;  // by rank: distance = G_ii + y − x Σ
     Unit* units;
@@ -43,7 +43,7 @@ struct Workspace {
                slot_count(n) * (sizeof(int) + sizeof(float));
     }
 
-    __device__ explicit Workspace(const LloydProblem& problem) {
+    __device__ explicit Layout(const LloydProblem& problem) {
         const int64_t k = problem.n_clusters;
         header = reinterpret_cast<Header*>(problem.workspace);
         terms = reinterpret_cast<float2*>(header + 1);
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(1024) rank(const LloydProblem* problems, const
     __shared__ int next[kLong + 2];
     __shared__ int weighted;
     const LloydProblem& problem = problems[blockIdx.x];
-    const Workspace space(problem);
+    const Layout space(problem);
     const int thread = threadIdx.x, k = static_cast<int>(problem.n_clusters);
     offsets += problem.cluster;
     if (thread < kLong + 2) count[thread] = 0;
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(256) place(const LloydProblem* problems, int64
     const int64_t numbered = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
     if (numbered >= n_clusters) return;
     const LloydProblem& problem = problem_of<&LloydProblem::cluster>(problems, n_problems, numbered);
-    const Workspace space(problem);
+    const Layout space(problem);
     const int64_t begin = offsets[numbered];
     const int lane = threadIdx.x % kWarp, size = static_cast<int>(offsets[numbered + 1] - begin);
     double weight = 0, total = 0;
@@ -188,7 +188,7 @@ struct Nearest {
 };
 
 template <bool kWeighted>
-__device__ Nearest nearest_of(const float* row, float self, int own, int n_clusters, const Workspace& space, int n_long,
+__device__ Nearest nearest_of(const float* row, float self, int own, int n_clusters, const Layout& space, int n_long,
                               int n_units) {
     const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
     Nearest best;
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(1024)
             wait_for_copies<1>();
         }
         if (kRows > 0) __syncthreads();
-        const Workspace space(*problem);
+        const Layout space(*problem);
         const Header header = *space.header;
         const float self = row[i];
         const int k = static_cast<int>(problem->n_clusters), own = space.rank[problem->labels[i]];
@@ -327,7 +327,7 @@ __global__ void __launch_bounds__(1024)
 
 }  // namespace
 
-int64_t lloyd_workspace(int64_t n, int64_t n_clusters) { return ceil_div(Workspace::bytes(n, n_clusters), 16) * 16; }
+int64_t lloyd_workspace(int64_t n, int64_t n_clusters) { return ceil_div(Layout::bytes(n, n_clusters), 16) * 16; }
 
 cudaError_t lloyd(const LloydProblem* problems, int64_t n_problems, int64_t n_points, int64_t n_clusters, const int* members,
                   const int* offsets, double* share, const Tile& tile, int64_t multiprocessors, cudaStream_t stream) {

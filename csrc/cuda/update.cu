@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads)
     __shared__ float sums[kThreads * V];
     const UpdateProblem problem = problems[blockIdx.z];
     pieces += problem.cluster;
-    const int piece = static_cast<int>(problem.piece + blockIdx.x);
+    const int piece = pieces[0] + static_cast<int>(blockIdx.x);
     if (piece >= pieces[problem.n_clusters]) return;  // the grid is a bound
     const int64_t column = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * V;
     if (blockIdx.y > 0 && static_cast<int64_t>(blockIdx.y) * blockDim.x * V >= problem.d) return;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads)
         float total = 0;
         for (int y = 0; y < blockDim.y; y++) total += sums[y * width + j];
         const int64_t at = static_cast<int64_t>(blockIdx.y) * width + j % blockDim.x * V + j / blockDim.x;
-        if (at < problem.d) problem.sums[(piece - problem.piece) * problem.d + at] = total;
+        if (at < problem.d) problem.sums[blockIdx.x * problem.d + at] = total;
     }
     if (blockIdx.y == 0 && thread < kWarp) {
         double weight = 0;
@@ -75,9 +75,10 @@ __global__ void __launch_bounds__(kThreads) mean_pieces(const UpdateProblem* pro
     const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (index >= problem.n_clusters * problem.d) return;
     const int64_t c = problem.cluster + index / problem.d, column = index % problem.d;
+    const int first = pieces[problem.cluster];
     double sum = 0, weight = 0;
     for (int piece = pieces[c]; piece < pieces[c + 1]; piece++) {
-        sum += problem.sums[(piece - problem.piece) * problem.d + column];
+        sum += problem.sums[(piece - first) * problem.d + column];
         weight += mass[piece];
     }
     problem.out[index] = static_cast<float>(sum / weight);

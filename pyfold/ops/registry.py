@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from pyfold.errors import PyfoldError
-from pyfold.ops import cpu, reference
+from pyfold.ops import cpu, cuda, reference
 
-_BACKENDS = {"cpu": cpu, "reference": reference}
-_ORDER = {"cpu": ("cpu", "reference")}
+_BACKENDS = {"cpu": cpu, "cuda": cuda, "reference": reference}
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")}
 
 
 def backends() -> dict[str, str | None]:
