@@ -62,10 +62,10 @@ void bind_merge_columns(Address x, int in, int64_t h, int64_t n, int64_t ld, int
 void bind_update(Address problems, int64_t n_problems, int in, bool vector, int64_t max_d, int64_t max_pieces,
                  int64_t max_clusters, int64_t n_clusters, Address offsets, Address members, Address pieces, Address mass,
                  Address stream) {
-    check(update(at<UpdateProblem>(problems), n_problems, static_cast<DType>(in), vector, max_d, max_pieces, max_clusters,
-                 Segments{n_clusters, at<int>(offsets), at<int>(members)}, at<int>(pieces), at<double>(mass),
-                 stream_at(stream)),
-          "update");
+    check(
+        update(at<UpdateProblem>(problems), n_problems, static_cast<DType>(in), vector, max_d, max_pieces, max_clusters,
+               Segments{n_clusters, at<int>(offsets), at<int>(members)}, at<int>(pieces), at<double>(mass), stream_at(stream)),
+        "update");
 }
 
 void bind_mirror(Address problems, int64_t n_problems, int64_t max_n, Address stream) {
@@ -77,9 +77,8 @@ void bind_mirror(Address problems, int64_t n_problems, int64_t max_n, Address st
 void bind(py::module_& m) {
     m.attr("CUDA_PIECE") = kPiece;
     m.def("cuda_lloyd_tile", [](int64_t n, const Limits& limits) { return numbers(lloyd_tile(n, chip_of(limits))); });
-    m.def("cuda_columns_tile", [](int64_t n, int64_t item, const Limits& limits) {
-        return numbers(columns_tile(n, item, chip_of(limits)));
-    });
+    m.def("cuda_columns_tile",
+          [](int64_t n, int64_t item, const Limits& limits) { return numbers(columns_tile(n, item, chip_of(limits))); });
     m.def("cuda_lloyd_workspace", &lloyd_workspace);
     const py::call_guard<py::gil_scoped_release> release;
     m.def("cuda_lloyd", &bind_lloyd, release);

@@ -271,7 +271,8 @@ __global__ void __launch_bounds__(1024)
     if (point >= n_points) return;
     const float* coming = nullptr;
     if (kRows == 2) {
-        coming = begin_copy(shared, row_of(point, next_problem), static_cast<int>(next_problem->n));
+        const float* source = row_of(point, next_problem);
+        coming = begin_copy(shared, source, static_cast<int>(next_problem->n));
         end_copies();
     }
     for (int turn = 0; point < n_points; point += gridDim.x, turn++) {
@@ -292,7 +293,7 @@ __global__ void __launch_bounds__(1024)
             end_copies();  // an empty group at the end, so that the one before is always the row in use
             wait_for_copies<1>();
         }
-        if (kRows > 0) __syncthreads();
+        __syncthreads();  // the row is whole, and the last row's result has been read
         const Layout space(*problem);
         const Header header = *space.header;
         const float self = row[i];
