@@ -25,7 +25,7 @@ from test_ops import DTYPES, random_labels, rows
 from pyfold.ops import cuda, reference
 
 HOST = ROOT / "tests" / "cuda_on_host"
-KERNELS = [ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("lloyd", "merge", "mirror", "update")]
+KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 MODULE = """
 #include "cuda/bindings.h"
 extern "C" uint32_t cuda_on_host_seed;
@@ -47,7 +47,7 @@ def on_host(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     module = folder / f"_C_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
     (folder / "module.cpp").write_text(MODULE)
     flags = "-std=c++17 -O1 -ffp-contract=off -fno-gnu-unique -fno-extern-tls-init -Wno-unknown-pragmas -shared -fPIC".split()
-    flags += [f"-I{HOST}", f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    flags += [f"-I{HOST}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     for out, sources in {
         folder / "libkernels.so": [*KERNELS, HOST / "emulator.cpp"],
         module: [ROOT / "csrc" / "cuda" / "bindings.cpp", folder / "module.cpp"],

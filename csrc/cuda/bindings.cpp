@@ -4,10 +4,14 @@
 
 #include <pybind11/stl.h>
 
+#include <array>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
+#include "cuda/kernels.h"
 #include "cuda/lloyd.h"
 #include "cuda/merge.h"
 
@@ -72,6 +76,38 @@ void bind_mirror(Address problems, int64_t n_problems, int64_t max_n, Address st
     check(mirror(at<MirrorProblem>(problems), n_problems, max_n, stream_at(stream)), "gram");
 }
 
+// A problem as Python gives it: the 64-bit words of the kernels' struct, in its order.
+template <typename Problem>
+using Words = std::array<Address, sizeof(Problem) / sizeof(Address)>;
+
+template <typename Problem>
+std::vector<Problem> problems_of(const std::vector<Words<Problem>>& words) {
+    static_assert(sizeof(Problem) == sizeof(Words<Problem>) && std::is_trivially_copyable<Problem>::value, "all words");
+    std::vector<Problem> problems(words.size());
+    std::memcpy(problems.data(), words.data(), words.size() * sizeof(Problem));
+    return problems;
+}
+
+template <typename Problem, size_t (*kWorkspace)(const Problem*, int64_t)>
+size_t bind_workspace(const std::vector<Words<Problem>>& words) {
+    const auto problems = problems_of<Problem>(words);
+    return kWorkspace(problems.data(), static_cast<int64_t>(problems.size()));
+}
+
+template <typename Problem, cudaError_t (*kSolve)(const Problem*, int64_t, void*, cudaStream_t)>
+void bind_solve(const char* op, const std::vector<Words<Problem>>& words, Address workspace, Address stream) {
+    const auto problems = problems_of<Problem>(words);
+    check(kSolve(problems.data(), static_cast<int64_t>(problems.size()), at<void>(workspace), stream_at(stream)), op);
+}
+
+void bind_ward(const std::vector<Words<WardProblem>>& problems, Address workspace, Address stream) {
+    bind_solve<WardProblem, pyfold_cuda_ward>("ward", problems, workspace, stream);
+}
+
+void bind_hartigan(const std::vector<Words<HartiganProblem>>& problems, Address workspace, Address stream) {
+    bind_solve<HartiganProblem, pyfold_cuda_hartigan>("hartigan", problems, workspace, stream);
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
@@ -81,6 +117,10 @@ void bind(py::module_& m) {
           [](int64_t n, int64_t item, const Limits& limits) { return numbers(columns_tile(n, item, chip_of(limits))); });
     m.def("cuda_lloyd_workspace", &lloyd_workspace);
     const py::call_guard<py::gil_scoped_release> release;
+    m.def("cuda_ward_workspace", &bind_workspace<WardProblem, pyfold_cuda_ward_workspace>);
+    m.def("cuda_ward", &bind_ward, release);
+    m.def("cuda_hartigan_workspace", &bind_workspace<HartiganProblem, pyfold_cuda_hartigan_workspace>);
+    m.def("cuda_hartigan", &bind_hartigan, release);
     m.def("cuda_lloyd", &bind_lloyd, release);
     m.def("cuda_merge_rows", &bind_merge_rows, release);
     m.def("cuda_merge_columns", &bind_merge_columns, release);

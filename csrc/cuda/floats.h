@@ -5,12 +5,22 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "cpu/kernels.h"  // DType
 #include "cuda/launch.h"
 
 namespace pyfold {
 namespace cuda {
+
+// A pointer read from a table could point anywhere, and costs generic loads; this one is to global memory.
+template <typename T>
+__device__ T* global(T* pointer) {
+#ifdef __CUDA_ARCH__
+    __builtin_assume(__isGlobal(pointer));
+#endif
+    return pointer;
+}
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(__half x) { return __half2float(x); }
@@ -25,9 +35,40 @@ struct alignas(sizeof(T) * V) Pack {
     T v[V];
 };
 
-template <typename T, int V>
-__device__ Pack<T, V> load(const T* from) {
-    return *reinterpret_cast<const Pack<T, V>*>(from);
+// The hardware's words. A struct of __half is otherwise copied piece by piece: what nvcc makes of it, seen in the PTX.
+template <int kBytes>
+struct Word;
+template <>
+struct Word<2> {
+    using type = unsigned short;
+};
+template <>
+struct Word<4> {
+    using type = unsigned;
+};
+template <>
+struct Word<8> {
+    using type = uint2;
+};
+template <>
+struct Word<16> {
+    using type = uint4;
+};
+
+// One access of sizeof(P) bytes.
+template <typename P>
+__device__ P load(const void* from) {
+    const auto word = *static_cast<const typename Word<sizeof(P)>::type*>(from);
+    P pack;
+    memcpy(&pack, &word, sizeof(P));
+    return pack;
+}
+
+template <typename P>
+__device__ void store(void* to, const P& pack) {
+    typename Word<sizeof(P)>::type word;
+    memcpy(&word, &pack, sizeof(P));
+    *static_cast<typename Word<sizeof(P)>::type*>(to) = word;
 }
 
 template <typename T, int V>
@@ -38,12 +79,12 @@ __device__ void store_as(T* to, const float (&values)[V]) {
         Pack<T, kWidth> pack;
 #pragma unroll
         for (int j = 0; j < kWidth; j++) narrow(values[first + j], pack.v[j]);
-        *reinterpret_cast<Pack<T, kWidth>*>(to + first) = pack;
+        store(to + first, pack);
     }
 }
 
 template <int V>
-__device__ void store(void* to, DType dtype, int64_t index, const float (&values)[V]) {
+__device__ void store_floats(void* to, DType dtype, int64_t index, const float (&values)[V]) {
     if (dtype == DType::f32) store_as(static_cast<float*>(to) + index, values);
     if (dtype == DType::f16) store_as(static_cast<__half*>(to) + index, values);
     if (dtype == DType::bf16) store_as(static_cast<__nv_bfloat16*>(to) + index, values);

@@ -9,6 +9,8 @@
 // Every cluster is summed by one fixed chain (or tree), whatever its rank: no float atomics, the same bits on every run.
 #include "cuda/lloyd.h"
 
+#include "cuda/floats.h"
+
 namespace pyfold {
 namespace cuda {
 
@@ -45,7 +47,7 @@ struct Layout {
 
     __device__ explicit Layout(const LloydProblem& problem) {
         const int64_t k = problem.n_clusters;
-        header = reinterpret_cast<Header*>(problem.workspace);
+        header = reinterpret_cast<Header*>(global(problem.workspace));
         terms = reinterpret_cast<float2*>(header + 1);
         units = reinterpret_cast<Unit*>(terms + k);
         rank = reinterpret_cast<int*>(units + k);
@@ -79,11 +81,11 @@ __global__ void __launch_bounds__(256) shares(const LloydProblem* problems, int6
     if (point >= n_points) return;
     const LloydProblem& problem = problem_of<&LloydProblem::point>(problems, n_problems, point);
     const int64_t i = point - problem.point, c = problem.cluster + problem.labels[i];
-    const float* row = problem.gram + i * problem.n;
+    const float* row = global(problem.gram) + i * problem.n;
     double sum = 0;
     for (int64_t m = offsets[c] + threadIdx.x % kWarp; m < offsets[c + 1]; m += kWarp) {
         const int64_t j = members[m] - problem.point;
-        sum += problem.weights[j] * row[j];
+        sum += global(problem.weights)[j] * row[j];
     }
     sum = warp_sum(sum);
     if (threadIdx.x % kWarp == 0) share[point] = problem.weights[i] * sum;
@@ -150,7 +152,7 @@ __global__ void __launch_bounds__(256) place(const LloydProblem* problems, int64
     double weight = 0, total = 0;
     for (int m = lane; m < size; m += kWarp) {
         const int64_t j = members[begin + m];
-        weight += problem.weights[j - problem.point];
+        weight += global(problem.weights)[j - problem.point];
         total += share[j];
     }
     weight = warp_sum(weight);
@@ -264,7 +266,7 @@ __global__ void __launch_bounds__(1024)
     const LloydProblem* next_problem = problems;  // of the row on its way
     const auto row_of = [&](int64_t point, const LloydProblem*& p) {
         while (p < last && point >= p[1].point) p++;
-        return p->gram + (point - p->point) * p->n;
+        return global(p->gram) + (point - p->point) * p->n;
     };
     float* const shared = dynamic_shared<float>();
     int64_t point = blockIdx.x;
@@ -297,7 +299,7 @@ __global__ void __launch_bounds__(1024)
         const Layout space(*problem);
         const Header header = *space.header;
         const float self = row[i];
-        const int k = static_cast<int>(problem->n_clusters), own = space.rank[problem->labels[i]];
+        const int k = static_cast<int>(problem->n_clusters), own = space.rank[global(problem->labels)[i]];
         Nearest best = header.weighted ? nearest_of<true>(row, self, own, k, space, header.n_long, header.n_units)
                                        : nearest_of<false>(row, self, own, k, space, header.n_long, header.n_units);
         const auto join_lanes = [&] {

@@ -13,9 +13,10 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPacks = 2;  // of V columns a thread: twice the bytes on their way for one read of the member list
 
-// A row of threads per cluster, V columns at a time.
+// A row of threads per cluster, V columns at a time. Four blocks an SM leave 64 registers: told nothing, the compiler spilled
+// to keep to 40 (sm_100).
 template <typename In, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     mean_rows(const In* x, int64_t d, int64_t ld, Segments clusters, const double* weights, void* out, DType to) {
     const int64_t c = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
     if (c >= clusters.n_clusters) return;
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int p = 0; p < kPacks; p++) {
             if (column + p * step >= d) continue;
-            const Pack<In, V> pack = load<In, V>(x + member * ld + column + p * step);
+            const Pack<In, V> pack = load<Pack<In, V>>(x + member * ld + column + p * step);
 #pragma unroll
             for (int v = 0; v < V; v++) {  // the first member is assigned, not added to 0: −0 stays −0
                 const float value = w * widen(pack.v[v]);
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kThreads)
         if (column + p * step >= d) continue;
 #pragma unroll
         for (int v = 0; v < V; v++) sum[p][v] /= divisor;
-        store(out, to, c * d + column + p * step, sum[p]);
+        store_floats(out, to, c * d + column + p * step, sum[p]);
     }
 }
 
@@ -72,11 +73,11 @@ __device__ void stage(Pack<In, kRows>* memory, const In* x, int rows, int n, int
         Pack<Pack<In, kRows>, 2> columns;
 #pragma unroll
         for (int r = 0; r < kRows; r++) {
-            const Pack<In, 2> pair = load<In, 2>(x + (r < rows ? r : 0) * ld + j);
+            const Pack<In, 2> pair = load<Pack<In, 2>>(x + (r < rows ? r : 0) * ld + j);
             columns.v[0].v[r] = pair.v[0];
             columns.v[1].v[r] = pair.v[1];
         }
-        *reinterpret_cast<Pack<Pack<In, kRows>, 2>*>(memory + j) = columns;
+        store(memory + j, columns);
     }
     for (int j = even + threadIdx.x; j < n; j += blockDim.x)
 #pragma unroll
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(1024) sum_columns(const In* x, int64_t h, int 
         float sum[kRows] = {};
         for (int m = begin; m < end; m++) {
             const int j = clusters.members[m];
-            const Pack<In, kRows> values = kStaged ? memory[j] : load<In, kRows>(x + j);
+            const Pack<In, kRows> values = load<Pack<In, kRows>>(kStaged ? static_cast<const void*>(memory + j) : x + j);
             const float s = scale ? scale[j] : 1.0f;
 #pragma unroll
             for (int r = 0; r < kRows; r++) {
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(1024) sum_columns(const In* x, int64_t h, int 
 #pragma unroll
         for (int r = 0; r < kRows; r++) {
             const float one[1] = {sum[r]};
-            if (r < rows) store(out, to, (first + r) * clusters.n_clusters + c, one);
+            if (r < rows) store_floats(out, to, (first + r) * clusters.n_clusters + c, one);
         }
     }
 }

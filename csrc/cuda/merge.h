@@ -37,8 +37,8 @@ struct UpdateProblem {
 
 inline constexpr int64_t kPiece = 256;  // members summed by one block
 
-// Weighted means in fp32: sums of kPiece members in fp32, sums of these in fp64. Cluster c has the pieces[c] .. pieces[c + 1]-th
-// of them (of all problems), at most max_pieces in a problem; mass is scratch, a double per piece. `vector`: every row of
+// Weighted means in fp32: sums of kPiece members in fp32, sums of these in fp64. Cluster c has the pieces[c] .. pieces[c +
+// 1]-th of them (of all problems), at most max_pieces in a problem; mass is scratch, a double per piece. `vector`: every row of
 // every problem begins on 16 bytes and is a multiple of 16 bytes long.
 cudaError_t update(const UpdateProblem* problems, int64_t n_problems, DType in, bool vector, int64_t max_d, int64_t max_pieces,
                    int64_t max_clusters, const Segments& clusters, const int* pieces, double* mass, cudaStream_t stream);

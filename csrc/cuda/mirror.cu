@@ -1,4 +1,5 @@
 // The lower triangle of a Gram matrix from the upper one, through 32 x 32 tiles in shared memory: both sides in whole lines.
+#include "cuda/floats.h"
 #include "cuda/merge.h"
 
 namespace pyfold {
@@ -16,15 +17,16 @@ __global__ void __launch_bounds__(kTile* kRowsAtOnce) mirror_tiles(const MirrorP
     while ((column + 1) * (column + 2) / 2 <= blockIdx.x) column++;
     while (column * (column + 1) / 2 > blockIdx.x) column--;
     const int64_t row = blockIdx.x - column * (column + 1) / 2, n = problem.n;
+    float* const gram = global(problem.gram);
     if (column * kTile >= n) return;
     const int64_t from_row = row * kTile, from_column = column * kTile;
     for (int y = threadIdx.y; y < kTile; y += kRowsAtOnce)
         if (from_row + y < n && from_column + threadIdx.x < n)
-            tile[y][threadIdx.x] = problem.gram[(from_row + y) * n + from_column + threadIdx.x];
+            tile[y][threadIdx.x] = gram[(from_row + y) * n + from_column + threadIdx.x];
     __syncthreads();
     for (int y = threadIdx.y; y < kTile; y += kRowsAtOnce) {
         const int64_t i = from_column + y, j = from_row + threadIdx.x;
-        if (i < n && j < i) problem.gram[i * n + j] = tile[threadIdx.x][y];
+        if (i < n && j < i) gram[i * n + j] = tile[threadIdx.x][y];
     }
 }
 

@@ -9,7 +9,7 @@ namespace cuda {
 
 namespace {
 
-constexpr int kThreads = 256, kWarp = 32;
+constexpr int kThreads = 256, kWarp = 32, kBatch = 4;
 
 // The cluster, of n, that piece number `piece` belongs to.
 __device__ int cluster_of(const int* pieces, int64_t n, int piece) {
@@ -23,7 +23,7 @@ __device__ int cluster_of(const int* pieces, int64_t n, int piece) {
 
 // blockDim.x threads share a row of x, V columns each; the blockDim.y rows of threads share the members.
 template <typename In, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     sum_pieces(const UpdateProblem* problems, Segments clusters, const int* pieces, double* mass) {
     __shared__ float sums[kThreads * V];
     const UpdateProblem problem = problems[blockIdx.z];
@@ -34,18 +34,30 @@ __global__ void __launch_bounds__(kThreads)
     if (blockIdx.y > 0 && static_cast<int64_t>(blockIdx.y) * blockDim.x * V >= problem.d) return;
     const int c = cluster_of(pieces, problem.n_clusters, piece);
     const int64_t begin = clusters.offsets[problem.cluster + c] + (piece - pieces[c]) * kPiece;
-    const int64_t left = clusters.offsets[problem.cluster + c + 1] - begin, count = left < kPiece ? left : kPiece;
+    const int64_t left = clusters.offsets[problem.cluster + c + 1] - begin;
+    const int count = static_cast<int>(left < kPiece ? left : kPiece);
     const int* const members = clusters.members + begin;
-    const In* const x = static_cast<const In*>(problem.x);
+    const In* const x = global(static_cast<const In*>(problem.x));
+    const double* const weights = problem.weights ? global(problem.weights) : nullptr;
     float sum[V] = {};
     if (column < problem.d) {
-#pragma unroll 4
-        for (int m = threadIdx.y; m < count; m += blockDim.y) {
-            const int64_t member = members[m] - problem.point;
-            const float w = problem.weights ? static_cast<float>(problem.weights[member]) : 1.0f;
-            const Pack<In, V> pack = load<In, V>(x + member * problem.ld + column);
+        // kBatch rows on their way before the first is used: left to itself the compiler waits for each.
+        for (int first = threadIdx.y; first < count; first += kBatch * blockDim.y) {
+            Pack<In, V> packs[kBatch];
+            float w[kBatch];
 #pragma unroll
-            for (int v = 0; v < V; v++) sum[v] = fmaf(w, widen(pack.v[v]), sum[v]);
+            for (int b = 0; b < kBatch; b++) {
+                const int m = first + b * blockDim.y;
+                const int64_t member = members[m < count ? m : first] - problem.point;
+                packs[b] = load<Pack<In, V>>(x + member * problem.ld + column);
+                w[b] = weights ? static_cast<float>(weights[member]) : 1.0f;
+            }
+#pragma unroll
+            for (int b = 0; b < kBatch; b++) {
+                if (first + b * blockDim.y >= count) break;
+#pragma unroll
+                for (int v = 0; v < V; v++) sum[v] = fmaf(w[b], widen(packs[b].v[v]), sum[v]);
+            }
         }
     }
     float* const mine = sums + threadIdx.y * blockDim.x * V + threadIdx.x;
@@ -58,12 +70,11 @@ __global__ void __launch_bounds__(kThreads)
         float total = 0;
         for (int y = 0; y < blockDim.y; y++) total += sums[y * width + j];
         const int64_t at = static_cast<int64_t>(blockIdx.y) * width + j % blockDim.x * V + j / blockDim.x;
-        if (at < problem.d) problem.sums[blockIdx.x * problem.d + at] = total;
+        if (at < problem.d) global(problem.sums)[blockIdx.x * problem.d + at] = total;
     }
     if (blockIdx.y == 0 && thread < kWarp) {
         double weight = 0;
-        for (int m = thread; m < count; m += kWarp)
-            weight += problem.weights ? problem.weights[members[m] - problem.point] : 1.0;
+        for (int m = thread; m < count; m += kWarp) weight += weights ? weights[members[m] - problem.point] : 1.0;
 #pragma unroll
         for (int lane = kWarp / 2; lane > 0; lane /= 2) weight += __shfl_xor_sync(0xffffffffu, weight, lane);
         if (thread == 0) mass[piece] = weight;
@@ -78,10 +89,10 @@ __global__ void __launch_bounds__(kThreads) mean_pieces(const UpdateProblem* pro
     const int first = pieces[problem.cluster];
     double sum = 0, weight = 0;
     for (int piece = pieces[c]; piece < pieces[c + 1]; piece++) {
-        sum += problem.sums[(piece - first) * problem.d + column];
+        sum += global(problem.sums)[(piece - first) * problem.d + column];
         weight += mass[piece];
     }
-    problem.out[index] = static_cast<float>(sum / weight);
+    global(problem.out)[index] = static_cast<float>(sum / weight);
 }
 
 template <typename In, int V>
