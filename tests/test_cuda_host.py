@@ -56,7 +56,6 @@ class HartiganProblem(ctypes.Structure):
         ("max_moves", ctypes.c_int64),
         ("labels", ctypes.c_void_p),
         ("gains", ctypes.c_void_p),
-        ("gain_room", ctypes.c_int64),
         ("moves", ctypes.c_void_p),
     )
 
@@ -98,10 +97,29 @@ class OnHost:
         assert all(torch.equal(g, b) for g, b in zip(grams, before, strict=True)), "the matrices are as they were"
         return joins
 
+    def hartigan(
+        self,
+        grams: Sequence[torch.Tensor],
+        starts: Sequence[torch.Tensor],
+        ks: Sequence[int],
+        weights: Sequence[torch.Tensor],
+        max_moves: int = 5000,
+        seed: int = 1,
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        labels = [start.clone() for start in starts]
+        gains = [torch.full((max_moves,), torch.nan, dtype=torch.float64) for _ in grams]
+        moves = torch.full((len(grams),), -1)
+        problems = [
+            HartiganProblem(g.data_ptr(), w.data_ptr(), len(g), k, max_moves, *(t.data_ptr() for t in (label, gain, made)))
+            for g, w, k, label, gain, made in zip(grams, weights, ks, labels, gains, moves, strict=True)
+        ]
+        self._call("hartigan", (HartiganProblem * len(problems))(*problems), seed)
+        return [(label, gain[:made]) for label, gain, made in zip(labels, gains, moves.tolist(), strict=True)]
+
 
 @pytest.fixture(scope="module")
 def on_host(tmp_path_factory: pytest.TempPathFactory) -> OnHost:
-    sources = [ROOT / "csrc/cuda" / name for name in ("ward.cu",)]
+    sources = [ROOT / "csrc/cuda" / name for name in ("ward.cu", "hartigan.cu")]
     return OnHost(compile_on_host(tmp_path_factory.mktemp("cuda") / "kernels.so", *sources))
 
 
@@ -143,6 +161,11 @@ def weights_of(n: int, weighted: bool) -> torch.Tensor:
     return w / w.max()
 
 
+def random_labels(n: int, k: int) -> torch.Tensor:
+    labels = torch.cat([torch.arange(k), torch.randint(0, k, (n - k,), generator=generator(9))])
+    return labels[torch.randperm(n, generator=generator(10))]
+
+
 def check_in_height_order(joins: Joins, n: int, k: int) -> None:
     assert len(joins.lo) == n - k
     assert bool((joins.lo < joins.hi).all())
@@ -163,3 +186,21 @@ def test_ward_cuts_like_the_cpu(on_host: OnHost, kind: str, weighted: bool) -> N
         check_in_height_order(joins, n, k)
         torch.testing.assert_close(joins.height, expected.height, rtol=1e-5, atol=1e-6)
         assert torch.equal(labels_of(joins, n), labels_of(expected, n)), (n, k)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_hartigan_moves_like_the_cpu(on_host: OnHost, kind: str, weighted: bool) -> None:
+    """From random labels, many moves; from Ward's cut, few."""
+    cases = [(n, k) for n in SIZES for k in sorted({1, max(1, n // 20), max(1, n // 2), n})]
+    grams = [KINDS[kind](n) for n, _ in cases]
+    weights = [weights_of(n, weighted) for n, _ in cases]
+    starts = [
+        random_labels(n, k) if n < 300 else labels_of(ops.ward(g, k, weights=w), n)
+        for (n, k), g, w in zip(cases, grams, weights, strict=True)
+    ]
+    got = on_host.hartigan(grams, starts, [k for _, k in cases], weights)
+    for (n, k), g, w, start, (labels, gains) in zip(cases, grams, weights, starts, got, strict=True):
+        expected, expected_gains = ops.hartigan(g, start, k, weights=w)
+        assert torch.equal(labels, expected), (n, k)
+        torch.testing.assert_close(gains, expected_gains, rtol=1e-9, atol=1e-12)

@@ -25,9 +25,8 @@ struct HartiganProblem {
     const double* weights;  // N, positive
     int64_t n, n_clusters, max_moves;
     int64_t* labels;  // N, in [0, K), every cluster non-empty; refined in place
-    double* gains;    // room for `gain_room` gains, in the order of the moves
-    int64_t gain_room;
-    int64_t* moves;  // 1: how many moves were made
+    double* gains;    // max_moves: what each move took off the inertia, in order
+    int64_t* moves;   // 1: how many moves were made; fewer than max_moves at a fixed point, else call again to go on
 };
 
 extern "C" {
