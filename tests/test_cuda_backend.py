@@ -10,10 +10,8 @@ import contextlib
 import importlib.util
 import shutil
 import subprocess
-import sys
 import sysconfig
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pybind11
@@ -22,7 +20,8 @@ import torch
 from conftest import ROOT
 from test_ops import DTYPES, random_labels, rows
 
-from pyfold.ops import cuda, reference
+from pyfold.clustering import labels_of
+from pyfold.ops import Joins, cuda, reference
 
 HOST = ROOT / "tests" / "cuda_on_host"
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -46,8 +45,9 @@ def on_host(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     folder = tmp_path_factory.mktemp("cuda_on_host")
     module = folder / f"_C_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
     (folder / "module.cpp").write_text(MODULE)
-    flags = "-std=c++17 -O1 -ffp-contract=off -fno-gnu-unique -fno-extern-tls-init -Wno-unknown-pragmas -shared -fPIC".split()
-    flags += [f"-I{HOST}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-gnu-unique", "-fno-extern-tls-init", "-shared", "-fPIC"]
+    folders = [HOST, ROOT / "csrc", ROOT / "csrc" / "cuda", pybind11.get_include(), sysconfig.get_path("include")]
+    flags += ["-Wno-unknown-pragmas", *(f"-I{include}" for include in folders)]
     for out, sources in {
         folder / "libkernels.so": [*KERNELS, HOST / "emulator.cpp"],
         module: [ROOT / "csrc" / "cuda" / "bindings.cpp", folder / "module.cpp"],
@@ -139,6 +139,31 @@ def test_results_do_not_depend_on_the_order_of_blocks_and_threads(backend: Modul
         runs.append([*cuda.lloyd([g], [labels], [k], [w])[0], *cuda.update([x], [labels], [k], [w])])
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+CUTS = [(1, 1), (3, 2), (7, 3), (60, 20), (60, 1), (60, 60)]
+
+
+def test_ward_through_the_backend() -> None:
+    grams, ks = [gram_of(n) for n, _ in CUTS], [k for _, k in CUTS]
+    weights = [weights_of(n, True) for n, _ in CUTS]
+    before = [g.clone() for g in grams]
+    got = cuda.ward(grams, ks, weights)
+    assert all(torch.equal(g, b) for g, b in zip(grams, before, strict=True)), "the matrices are as they were"
+    for a, b, (n, _) in zip(got, reference.ward(before, ks, weights), CUTS, strict=True):
+        assert torch.equal(labels_of(Joins(*a), n), labels_of(Joins(*b), n))
+        torch.testing.assert_close(a[2], b[2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_moves", [0, 1, 2**63 - 1])
+def test_hartigan_through_the_backend(monkeypatch: pytest.MonkeyPatch, max_moves: int) -> None:
+    """With room for a few moves a launch, so that some problems need several."""
+    monkeypatch.setattr(cuda, "_GAINS", 5)
+    labels = [random_labels(n, k) for n, k in CUTS]
+    problems = ([gram_of(n) for n, _ in CUTS], labels, [k for _, k in CUTS], [weights_of(n, True) for n, _ in CUTS], max_moves)
+    for a, b in zip(cuda.hartigan(*problems), reference.hartigan(*problems), strict=True):
+        assert torch.equal(a[0], b[0])
+        torch.testing.assert_close(a[1], b[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA sources, read from its report: no spills, no local memory, registers and shared memory in limits."""
+"""What nvcc makes of the CUDA sources: no spills, no local memory, registers and shared memory within each chip's limits."""
 
 from __future__ import annotations
 

@@ -39,6 +39,18 @@ void check(cudaError_t error, const char* op) {
 using Limits = std::tuple<int64_t, int64_t, int64_t>;
 Chip chip_of(const Limits& limits) { return {std::get<0>(limits), std::get<1>(limits), std::get<2>(limits)}; }
 
+// These of a device, and its number of SMs.
+std::tuple<Limits, int64_t> limits_of(int device) {
+    const auto attribute = [device](cudaDeviceAttr which) {
+        int value = 0;
+        check(cudaDeviceGetAttribute(&value, which, device), "limits");
+        return int64_t{value};
+    };
+    return {Limits{attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                   attribute(cudaDevAttrMaxThreadsPerMultiProcessor)},
+            attribute(cudaDevAttrMultiProcessorCount)};
+}
+
 using Numbers = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 Numbers numbers(const Tile& tile) { return {tile.threads, tile.rows, tile.shared, tile.blocks_per_sm}; }
 
@@ -112,6 +124,7 @@ void bind_hartigan(const std::vector<Words<HartiganProblem>>& problems, Address 
 
 void bind(py::module_& m) {
     m.attr("CUDA_PIECE") = kPiece;
+    m.def("cuda_limits", &limits_of);
     m.def("cuda_lloyd_tile", [](int64_t n, const Limits& limits) { return numbers(lloyd_tile(n, chip_of(limits))); });
     m.def("cuda_columns_tile",
           [](int64_t n, int64_t item, const Limits& limits) { return numbers(columns_tile(n, item, chip_of(limits))); });

@@ -25,7 +25,7 @@ except ImportError as error:
 _DTYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _LARGEST = 2**31 - 1  # points and clusters of one call are int32 on the device
 _PANEL = 1024  # rows of G made by one product: it computes (1 + _PANEL / N) / 2 of the full one
-_GAINS = 4096  # at least, that one launch of hartigan has room for
+_GAINS = 65536  # that one launch of hartigan has room for: far more moves than any fold has needed (hundreds)
 
 
 def unavailable() -> str | None:
@@ -109,13 +109,13 @@ def hartigan(
     left = dict.fromkeys(range(len(grams)), max_moves)
     # A launch makes as many moves as it has room to report; a problem that used up its room goes on in the next.
     while left := {p: limit for p, limit in left.items() if limit > 0}:
-        room = {p: min(limit, max(_GAINS, len(grams[p]))) for p, limit in left.items()}
+        room = {p: min(limit, _GAINS) for p, limit in left.items()}
         made = torch.empty(len(left), dtype=torch.int64, device=grams[0].device)
         new = [torch.empty(room[p], dtype=torch.float64, device=made.device) for p in left]
-        problems = [
+        problems: list[tuple[int, ...]] = [
             (
                 *(grams[p].data_ptr(), weights[p].data_ptr(), len(grams[p]), n_clusters[p], room[p]),
-                *(refined[p].data_ptr(), gained.data_ptr(), room[p], made[at].data_ptr()),
+                *(refined[p].data_ptr(), gained.data_ptr(), made[at].data_ptr()),
             )
             for at, (p, gained) in enumerate(zip(left, new, strict=True))
         ]
@@ -193,11 +193,13 @@ def merge_rows(x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | Non
 def merge_columns(x: Tensor, labels: Tensor, n_clusters: int, scale: Tensor | None, out: Tensor) -> None:
     offsets, members = _partition([labels], [n_clusters])
     scale = None if scale is None else scale.contiguous()
+    h, n = x.shape
     with _stream_of(x) as stream:
         _C.cuda_merge_columns(
             x.data_ptr(),
             _DTYPE[x.dtype],
-            *x.shape,
+            h,
+            n,
             x.stride(0),
             n_clusters,
             offsets.data_ptr(),
@@ -280,10 +282,8 @@ def _stream_of(tensor: Tensor) -> Iterator[int]:
 
 @cache
 def _limits(device: torch.device) -> tuple[tuple[int, int, int], int]:
-    """Bytes of shared memory a block may have, bytes and threads of a multiprocessor; how many multiprocessors."""
-    chip = torch.cuda.get_device_properties(device)
-    limits = chip.shared_memory_per_block_optin, chip.shared_memory_per_multiprocessor, chip.max_threads_per_multi_processor
-    return limits, chip.multi_processor_count
+    """Bytes of shared memory that a block may have, bytes and threads of a multiprocessor; how many multiprocessors."""
+    return _C.cuda_limits(device.index)
 
 
 def _table(rows: list[tuple[int, ...]], like: Tensor) -> Tensor:
