@@ -15,6 +15,7 @@
 #include "cuda/bindings.h"
 #endif
 #include "cpu/lloyd.h"
+#include "cpu/memory.h"
 
 namespace py = pybind11;
 using namespace pyfold;
@@ -50,11 +51,25 @@ void gram(const std::string& simd, const std::vector<GramProblem>& problems, boo
     py::gil_scoped_release release;
     for_each_problem(sizes_of<2>(problems), threads, [&](int64_t problem, int team) {
         const auto& [x, dtype, n, d, ld, out] = problems[problem];
-        if (!accumulate) std::fill_n(at<float>(out), n * n, 0.0f);
-        std::vector<float> scratch(kernels.gram_scratch(n) + 16);
-        float* aligned = at<float>((reinterpret_cast<Address>(scratch.data()) + 63) & ~Address{63});
-        kernels.gram(at<void>(x), static_cast<DType>(dtype), n, d, ld, transposed, at<float>(out), aligned, team);
+        const DType type = static_cast<DType>(dtype);
+        const Scratch scratch(kernels.products->gram_scratch(n, d, type, team));
+        if (!accumulate) prefer_huge_pages(at<void>(out), 4 * n * n);
+        kernels.products->gram(at<void>(x), type, n, d, ld, transposed, accumulate, at<float>(out), scratch.data(), team);
         kernels.mirror(at<float>(out), n, team);
+    });
+}
+
+// x, dtype, n, d, ld, centroids, n_clusters, labels, distances
+using AssignProblem = std::tuple<Address, int, int64_t, int64_t, int64_t, Address, int64_t, Address, Address>;
+
+void assign(const std::string& simd, const std::vector<AssignProblem>& problems, int threads) {
+    const Kernels& kernels = level(simd);
+    py::gil_scoped_release release;
+    for_each_problem(sizes_of<2>(problems), threads, [&](int64_t problem, int team) {
+        const auto& [x, dtype, n, d, ld, centroids, n_clusters, labels, distances] = problems[problem];
+        const Scratch scratch(kernels.products->assign_scratch(d, n_clusters, team));
+        kernels.products->assign(at<void>(x), static_cast<DType>(dtype), n, d, ld, at<float>(centroids), n_clusters,
+                                 at<int64_t>(labels), at<float>(distances), scratch.data(), team);
     });
 }
 
@@ -131,7 +146,7 @@ int64_t first_nonfinite(const std::string& simd, Address x, int dtype, int64_t c
 
 std::vector<std::string> simd_levels() {
     std::vector<std::string> levels;
-    for (const char* name : {"avx512", "avx2", "baseline"})
+    for (const char* name : {"amx", "avx512bf16", "avx512", "avx2", "baseline"})
         if (kernels_for(name)) levels.push_back(name);
     return levels;
 }
@@ -142,6 +157,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "pyfold's C++ kernels; call them through pyfold.ops, which validates.";
     m.def("simd_levels", &simd_levels, "SIMD levels of this build that this CPU can run, best first.");
     m.def("gram", &gram);
+    m.def("assign", &assign);
     m.def("ward", &ward);
     m.def("lloyd", &lloyd_pass);
     m.def("hartigan", &refine);

@@ -263,3 +263,37 @@ def test_a_list_of_problems_is_the_problems_one_by_one(backend: str) -> None:
             ([means[i]], [ops.update(x, cuts[i], k, weights=w, backend=backend)]),
         ):
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("n", "d", "k"), [(1, 1, 1), (3, 7, 3), (7, 129, 2), (127, 3, 63), (129, 600, 129), (20, 12288, 10), (900, 40, 450)]
+)
+def test_assign_finds_the_nearest(n: int, d: int, k: int, dtype: torch.dtype, backend: str) -> None:
+    """Judged by distance in fp64."""
+    x, centroids = rows(n, d, dtype), rows(k, d, seed=1)
+    centroids[: k // 2] = x[: k // 2].float()  # some of them exactly on a point
+    labels, distances = ops.assign(x, centroids, backend=backend)
+    distance = torch.cdist(x.double(), centroids.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    chosen = distance.gather(1, labels[:, None])[:, 0]
+    scale = float(x.double().square().sum(1).max())
+    torch.testing.assert_close(chosen, distance.min(1).values, rtol=0, atol=2e-6 * scale)
+    torch.testing.assert_close(distances.double(), chosen, rtol=1e-5, atol=1e-12 * scale)
+
+
+def test_assign_prefers_the_lowest_index_among_equals(backend: str) -> None:
+    centroids = rows(5, 33).repeat(40, 1)
+    labels, distances = ops.assign(rows(5, 33), centroids, backend=backend)
+    assert labels.tolist() == [0, 1, 2, 3, 4]
+    assert float(distances.max()) < 1e-9
+
+
+def test_assign_reads_strided_rows_and_gives_the_same_bits_on_any_number_of_threads(backend: str) -> None:
+    wide = rows(1500, 90)
+    x, centroids = wide[:, 3:73], rows(100, 70, seed=2)
+    expected = ops.assign(x.contiguous(), centroids, backend=backend)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        got = ops.assign(x, centroids, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    torch.set_num_threads(2)

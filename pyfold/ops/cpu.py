@@ -69,6 +69,15 @@ class CpuBackend:
         gains = _C.hartigan(self.simd, problems, max_moves, torch.get_num_threads())
         return [(moved, torch.tensor(gain, dtype=torch.float64)) for moved, gain in zip(refined, gains, strict=True)]
 
+    def assign(self, xs: list[Tensor], centroids: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        problems, nearest = [], []
+        for x, means in zip(xs, centroids, strict=True):
+            nearest.append((torch.empty(len(x), dtype=torch.int64), torch.empty(len(x), dtype=torch.float32)))
+            points = (x.data_ptr(), _DTYPE[x.dtype], *x.shape, _row_stride(x))
+            problems.append((*points, means.data_ptr(), len(means), *(t.data_ptr() for t in nearest[-1])))
+        _C.assign(self.simd, problems, torch.get_num_threads())
+        return nearest
+
     def update(
         self, xs: list[Tensor], labels: list[Tensor], n_clusters: list[int], weights: list[Tensor | None]
     ) -> list[Tensor]:
