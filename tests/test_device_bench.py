@@ -25,9 +25,10 @@ def test_says_in_one_line_that_there_is_no_device(tmp_path: Path) -> None:
 def test_rates_shares_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "bench")
     import device
+    import device_stages
 
-    product = device.row("gram", 0.002, flops=1e12, ceiling=1e15, contender="torch.mm", contender_s=0.003)
-    copy = device.row("merge", 0.001, moved=2e9, ceiling=4e12)
+    product = device_stages.row("gram", 0.002, flops=1e12, ceiling=1e15, contender="torch.mm", contender_s=0.003)
+    copy = device_stages.row("merge", 0.001, moved=2e9, ceiling=4e12)
     assert product["TFLOP/s"] == pytest.approx(500)
     assert product["share of ceiling"] == pytest.approx(0.5)
     assert product["ratio"] == pytest.approx(1.5)
