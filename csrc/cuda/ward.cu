@@ -298,7 +298,8 @@ __global__ void __launch_bounds__(kThreads, 2) agglomerate(State s) {
     for (int round = 1; *s.active; round++) {
         select(s, round);
         grid.sync();
-        for (int at = block; at < *s.n_scan; at += blocks) scan_row(s, s.scan[at]);
+        const int scans = *s.n_scan;
+        for (int at = block; at < scans; at += blocks) scan_row(s, s.scan[at]);
         if (block == 0 && threadIdx.x == 0) *s.n_fresh = 0;
         grid.sync();
         match(s, round);
@@ -307,7 +308,9 @@ __global__ void __launch_bounds__(kThreads, 2) agglomerate(State s) {
         for (int task = thread; task < s.n_tasks; task += blocks * kThreads) s.least[2 * task + ((round + 1) & 1)] = kFull;
         if (thread == 0) *s.n_scan = *s.active = 0;
         grid.sync();
-        const int64_t chunks = s.chunks, items = chunks * *s.n_fresh;
+        const int joins = *s.n_fresh;
+        if (scans == 0 && joins == 0) break;  // cannot be, unless G is not symmetric: do not hang
+        const int64_t chunks = s.chunks, items = chunks * joins;
         for (int64_t item = block; item < items; item += blocks) {
             const int row = s.fresh[item / chunks];
             if (joins_to_go(s, s.task_of[row]) > 0) update_chunk(s, row, static_cast<int>(item % chunks));

@@ -1,6 +1,6 @@
 // CUDA kernels on a CPU, for tests without a GPU: csrc/cuda/*.cu compiled by g++ with this folder first on the include path.
 //
-//     g++ -x c++ -std=c++17 -O1 -ffp-contract=off -fno-gnu-unique -fno-extern-tls-init -shared -fPIC
+//     g++ -x c++ -std=c++17 -O2 -ffp-contract=off -fno-gnu-unique -fno-extern-tls-init -shared -fPIC
 //         -Itests/cuda_on_host -Icsrc csrc/cuda/KERNEL.cu tests/cuda_on_host/emulator.cpp
 //
 // A thread of a block is a fiber; a block runs to its end before the next begins (cooperative launches: to the next grid

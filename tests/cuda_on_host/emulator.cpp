@@ -19,18 +19,22 @@ dim3 blockDim, gridDim;
 extern "C" uint32_t cuda_on_host_seed;
 uint32_t cuda_on_host_seed = 0;  // 0: everything in index order
 
+namespace cuda_on_host {
+namespace {
+constexpr size_t kStack = 128 * 1024, kGuard = 4096, kRedZone = 1024;
+constexpr unsigned char kPoison = 0xff;
+}  // namespace
+}  // namespace cuda_on_host
+
 namespace pyfold {
 namespace cuda {
 extern thread_local unsigned char dynamic_bytes[];
-alignas(16) thread_local unsigned char dynamic_bytes[kSharedPerBlock + 1024];
+alignas(16) thread_local unsigned char dynamic_bytes[kSharedPerBlock + cuda_on_host::kRedZone];
 }  // namespace cuda
 }  // namespace pyfold
 
 namespace cuda_on_host {
 namespace {
-
-constexpr size_t kStack = 128 * 1024, kGuard = 4096;
-constexpr unsigned char kPoison = 0xff;
 
 enum class State { ready, at_warp, at_block, at_grid, finished };
 
@@ -64,12 +68,25 @@ unsigned random_below(unsigned n) {
     return static_cast<unsigned>((random_state >> 33) % n);
 }
 
-std::vector<unsigned> order_of(unsigned n) {
-    std::vector<unsigned> order(n);
-    std::iota(order.begin(), order.end(), 0u);
-    for (unsigned i = n; cuda_on_host_seed && i > 1; i--) std::swap(order[i - 1], order[random_below(i)]);
-    return order;
-}
+// 0 .. n - 1 from a random start with a random stride that visits all.
+class Shuffled {
+  public:
+    explicit Shuffled(unsigned n) : n_(n) {
+        if (cuda_on_host_seed == 0 || n < 2) return;
+        at_ = random_below(n);
+        do stride_ = 1 + random_below(n - 1);
+        while (std::gcd(stride_, n) != 1);
+    }
+    bool next(unsigned* index) {
+        if (count_++ == n_) return false;
+        *index = at_;
+        at_ = (at_ + stride_) % n_;
+        return true;
+    }
+
+  private:
+    unsigned n_, at_ = 0, stride_ = 1, count_ = 0;
+};
 
 [[noreturn]] void fail(const char* what, const Block& block) {
     fprintf(stderr, "cuda_on_host: %s in block (%u, %u, %u)\n", what, block.index.x, block.index.y, block.index.z);
@@ -118,41 +135,63 @@ void resume(Fiber* fiber) {
     setcontext(&fiber->start);
 }
 
-// The library's thread-local block: every __shared__ variable of every kernel.
+// The library's thread-local block: every __shared__ variable of every kernel, and dynamic_bytes.
 struct Range {
     unsigned char* begin;
     size_t size;
 };
-Range shared_memory() {
-    static Range range = [] {
-        pyfold::cuda::dynamic_bytes[0] = 0;  // it is allocated when first touched
-        Range found{};
-        dl_iterate_phdr(
-            [](dl_phdr_info* info, size_t, void* out) {
-                const auto self = reinterpret_cast<uintptr_t>(&cuda_on_host_seed);
-                bool mine = false;
-                size_t size = 0;
-                for (int i = 0; i < info->dlpi_phnum; i++) {
-                    const auto& header = info->dlpi_phdr[i];
-                    if (header.p_type == PT_TLS) size = header.p_memsz;
-                    if (header.p_type == PT_LOAD) mine |= self - (info->dlpi_addr + header.p_vaddr) < header.p_memsz;
-                }
-                if (mine) *static_cast<Range*>(out) = {static_cast<unsigned char*>(info->dlpi_tls_data), size};
-                return static_cast<int>(mine);
-            },
-            &found);
-        if (!found.begin) abort();
-        return found;
-    }();
-    return range;
+Range thread_local_block() {
+    pyfold::cuda::dynamic_bytes[0] = 0;  // it is allocated when first touched
+    Range found{};
+    dl_iterate_phdr(
+        [](dl_phdr_info* info, size_t, void* out) {
+            const auto self = reinterpret_cast<uintptr_t>(&cuda_on_host_seed);
+            bool mine = false;
+            size_t size = 0;
+            for (int i = 0; i < info->dlpi_phnum; i++) {
+                const auto& header = info->dlpi_phdr[i];
+                if (header.p_type == PT_TLS) size = header.p_memsz;
+                if (header.p_type == PT_LOAD) mine |= self - (info->dlpi_addr + header.p_vaddr) < header.p_memsz;
+            }
+            if (mine) *static_cast<Range*>(out) = {static_cast<unsigned char*>(info->dlpi_tls_data), size};
+            return static_cast<int>(mine);
+        },
+        &found);
+    if (!found.begin) abort();
+    return found;
 }
+
+// Shared memory without the part of dynamic_bytes that no kernel may touch: what is poisoned, and kept while a block waits.
+struct Shared {
+    Range parts[2];
+
+    explicit Shared(size_t dynamic) {
+        const Range all = thread_local_block();
+        unsigned char* end = pyfold::cuda::dynamic_bytes + dynamic + kRedZone;
+        unsigned char* rest = pyfold::cuda::dynamic_bytes + kSharedPerBlock + kRedZone;
+        parts[0] = {all.begin, static_cast<size_t>(end - all.begin)};
+        parts[1] = {rest, static_cast<size_t>(all.begin + all.size - rest)};
+    }
+    void poison() const {
+        for (const Range& part : parts) std::memset(part.begin, kPoison, part.size);
+    }
+    void save(std::vector<unsigned char>& to) const {
+        to.assign(parts[0].begin, parts[0].begin + parts[0].size);
+        to.insert(to.end(), parts[1].begin, parts[1].begin + parts[1].size);
+    }
+    void restore(const std::vector<unsigned char>& from) const {
+        std::memcpy(parts[0].begin, from.data(), parts[0].size);
+        std::memcpy(parts[1].begin, from.data() + parts[0].size, parts[1].size);
+    }
+};
 
 // Runs one warp until each of its lanes waits for the block or the grid, or is done.
 void run_warp(Block& block, unsigned first) {
     const unsigned lanes = std::min<unsigned>(32, block.fibers.size() - first);
     Fiber** warp = block.fibers.data() + first;
     for (;;) {
-        for (const unsigned l : order_of(lanes))
+        Shuffled order(lanes);
+        for (unsigned l; order.next(&l);)
             if (warp[l]->state == State::ready) resume(warp[l]);
         bool waiting = false, released = false;
         for (unsigned l = 0; l < lanes; l++) {
@@ -183,7 +222,8 @@ void run_warp(Block& block, unsigned first) {
 bool run_block(Block& block, size_t shared) {
     const unsigned warps = (block.fibers.size() + 31) / 32;
     for (;;) {
-        for (const unsigned w : order_of(warps)) run_warp(block, w * 32);
+        Shuffled order(warps);
+        for (unsigned w; order.next(&w);) run_warp(block, w * 32);
         const State state = block.fibers[0]->state;
         block.votes = {0, static_cast<int>(block.fibers.size())};
         for (Fiber* f : block.fibers) {
@@ -191,7 +231,7 @@ bool run_block(Block& block, size_t shared) {
                 fail("a barrier that not all threads reach", block);
             block.votes.count += f->deposit != 0;
         }
-        for (size_t i = shared; i < shared + 1024; i++)
+        for (size_t i = shared; i < shared + kRedZone; i++)
             if (pyfold::cuda::dynamic_bytes[i] != kPoison) fail("a write past the dynamic shared memory asked for", block);
         if (state == State::finished) return true;
         if (state == State::at_grid) return false;
@@ -217,7 +257,7 @@ int lane() {
 }
 
 void run(dim3 grid, dim3 shape, size_t shared, bool cooperative, const std::function<void()>& body) {
-    const Range memory = shared_memory();
+    const Shared memory(shared);
     const unsigned threads = shape.x * shape.y * shape.z, n_blocks = grid.x * grid.y * grid.z;
     const unsigned resident = cooperative ? n_blocks : 1;
     if (cooperative && n_blocks > 3) {
@@ -246,9 +286,10 @@ void run(dim3 grid, dim3 shape, size_t shared, bool cooperative, const std::func
     };
     if (!cooperative) {
         Block block;
-        for (const unsigned b : order_of(n_blocks)) {
+        Shuffled order(n_blocks);
+        for (unsigned b; order.next(&b);) {
             begin(block, b, 0);
-            std::memset(memory.begin, kPoison, memory.size);
+            memory.poison();
             if (!step(block)) fail("a grid sync in a launch that is not cooperative", block);
         }
         return;
@@ -256,13 +297,15 @@ void run(dim3 grid, dim3 shape, size_t shared, bool cooperative, const std::func
     std::vector<Block> blocks(n_blocks);
     for (unsigned b = 0; b < n_blocks; b++) {
         begin(blocks[b], b, b);
-        blocks[b].shared.assign(memory.size, kPoison);
+        memory.poison();
+        memory.save(blocks[b].shared);
     }
     for (unsigned finished = 0; finished == 0;) {
-        for (const unsigned b : order_of(n_blocks)) {
-            std::memcpy(memory.begin, blocks[b].shared.data(), memory.size);
+        Shuffled order(n_blocks);
+        for (unsigned b; order.next(&b);) {
+            memory.restore(blocks[b].shared);
             finished += step(blocks[b]);
-            std::memcpy(blocks[b].shared.data(), memory.begin, memory.size);
+            memory.save(blocks[b].shared);
         }
         if (finished != 0 && finished != n_blocks) fail("a grid sync that not all blocks reach", blocks[0]);
         if (finished == 0)
