@@ -19,7 +19,7 @@ test: $(VENV)/.built
 # By hand, about ten minutes: the tables of bench/results.
 bench: $(VENV)/.built
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[bench]' --no-build-isolation
-	$(VENV)/bin/python -m pytest bench/bench_clustering.py bench/bench_merge.py $(ARGS)
+	$(VENV)/bin/python -m pytest bench/bench_clustering.py bench/bench_merge.py bench/bench_regimes.py $(ARGS)
 
 format: $(VENV)/.built
 	$(VENV)/bin/ruff check --fix .
