@@ -80,3 +80,19 @@ def test_the_report_shows_local_memory(tmp_path: Path) -> None:
     [kernel] = kernels_of(source, "90a", tmp_path / "planted.o")
     assert kernel.stack >= 800
     assert kernel.threads == 1024
+
+
+def test_the_extension_imports_where_there_is_no_cuda() -> None:
+    """Its runtime is linked in, and the driver is found when it is first used."""
+    import torch
+
+    from pyfold import _C, ops
+
+    linked = subprocess.run(["ldd", _C.__file__], capture_output=True, text=True, check=True).stdout
+    assert "libcuda" not in linked
+    if not hasattr(_C, "cuda_lloyd"):
+        assert "no CUDA kernels" in str(ops.backends()["cuda"])
+    elif not torch.cuda.is_available():
+        assert ops.backends()["cuda"] == "torch sees no CUDA device"
+        with pytest.raises(RuntimeError, match="cuda limits: "):
+            _C.cuda_limits(0)
