@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import cpuinfo
 import numpy as np
 import torch
 
@@ -26,6 +25,8 @@ def simd_level() -> str:
 
 def machine() -> dict[str, str | int]:
     """What the numbers depend on; nothing that names the host."""
+    import cpuinfo  # here: bench/device.py prints tables on machines without it
+
     numpy_blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
     return {
         "cpu": cpuinfo.get_cpu_info()["brand_raw"],

@@ -11,6 +11,9 @@
 #include "cpu/batch.h"
 #include "cpu/hartigan.h"
 #include "cpu/kernels.h"
+#ifdef PYFOLD_WITH_CUDA
+#include "cuda/bindings.h"
+#endif
 #include "cpu/lloyd.h"
 #include "cpu/memory.h"
 
@@ -161,4 +164,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("merge_rows", &merge_rows);
     m.def("merge_columns", &merge_columns);
     m.def("first_nonfinite", &first_nonfinite);
+#ifdef PYFOLD_WITH_CUDA
+    cuda::bind(m);
+#endif
 }

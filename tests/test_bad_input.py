@@ -202,7 +202,7 @@ BAD_OPTIONS = [
     (["--ratio", "0.2", "--multiple-of", "0"], ["multiple_of"]),
     (["--ratio", "0.2", "--dtype", "int4"], ["dtype", "int4", "bfloat16"]),
     (["--ratio", "0.2", "--max-shard-size", "big"], ["max_shard_size", "'big'"]),
-    (["--ratio", "0.2", "--backend", "cuda"], ["backend", "'cuda'", "cpu"]),
+    (["--ratio", "0.2", "--backend", "tpu"], ["backend", "'tpu'", "cpu"]),
 ]
 
 

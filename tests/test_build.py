@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-SOURCES = sorted(str(file) for file in (ROOT / "csrc").rglob("*") if file.suffix in (".cpp", ".h"))
+SOURCES = sorted(str(file) for file in (ROOT / "csrc").rglob("*") if file.suffix in (".cpp", ".cu", ".h"))
 KERNELS = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("gram", "ward", "segments", "merge", "level")]
 TOOLS = Path(sys.executable).parent  # of the environment that runs the tests, activated or not
 # Runs pytest with the extension at argv[1] in place of the installed one.

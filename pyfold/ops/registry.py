@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from pyfold.errors import PyfoldError
-from pyfold.ops import cpu, reference, triton
+from pyfold.ops import cpu, cuda, reference, triton
 
-_BACKENDS = {"cpu": cpu, "triton": triton, "reference": reference}
-_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+_BACKENDS = {"cpu": cpu, "cuda": cuda, "triton": triton, "reference": reference}
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
 def backends() -> dict[str, str | None]:
@@ -70,7 +70,7 @@ def _refusal(name: str, device: torch.device, op: str | None) -> str | None:
     reason = module.unavailable()
     if reason is not None:
         return f"here: {reason}"
-    runs_on = "cuda" if name == "triton" and not triton.interpreted() else "cpu"
+    runs_on = ("cpu" if triton.interpreted() else "cuda") if name == "triton" else name
     if name != "reference" and device.type != runs_on:
         return f"on {device} tensors; use auto or reference"
     if op is not None and not hasattr(cpu.CpuBackend if name == "cpu" else module, op):

@@ -1,0 +1,42 @@
+"""bench/device.py as far as it goes without a GPU: it says that there is none, and its table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_says_in_one_line_that_there_is_no_device(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench" / "device.py", "--out", tmp_path / "results"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["bench/device.py: torch sees no CUDA device"]
+    assert not (tmp_path / "results").exists()
+
+
+def test_rates_shares_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import device
+    import device_stages
+
+    product = device_stages.row("gram", 0.002, flops=1e12, ceiling=1e15, contender="torch.mm", contender_s=0.003)
+    copy = device_stages.row("merge", 0.001, moved=2e9, ceiling=4e12)
+    assert product["TFLOP/s"] == pytest.approx(500)
+    assert product["share of ceiling"] == pytest.approx(0.5)
+    assert product["ratio"] == pytest.approx(1.5)
+    assert copy["GB/s"] == pytest.approx(2000)
+    assert copy["share of ceiling"] == pytest.approx(0.5)
+    tables = json.loads(json.dumps({"gram": [product], "merge": [copy]}))
+    header, *lines = device.lines_of(tables)
+    assert header.split()[:3] == ["stage", "case", "ms"]
+    assert [line.split()[0] for line in lines] == ["gram", "merge"]
+    assert "torch.mm" in lines[0]
+    assert "torch.mm" not in lines[1]
