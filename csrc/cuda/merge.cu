@@ -86,8 +86,9 @@ __device__ void stage(Pack<In, kRows>* memory, const In* x, int rows, int n, int
 
 // Where kStaged is false a row does not fit shared memory, and members are read in place.
 template <typename In, int kRows, bool kStaged>
-__global__ void __launch_bounds__(1024) sum_columns(const In* x, int64_t h, int n, int64_t ld, Segments clusters,
-                                                    const float* scale, bool pairs, void* out, DType to) {
+__global__ void __launch_bounds__(1024, kStaged ? 2 : 1)
+    sum_columns(const In* x, int64_t h, int n, int64_t ld, Segments clusters, const float* scale, bool pairs, void* out,
+                DType to) {
     const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
     const int rows = h - first < kRows ? static_cast<int>(h - first) : kRows;
     x += first * ld;
