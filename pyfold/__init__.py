@@ -9,6 +9,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from pyfold.clustering import Clustering as Clustering
     from pyfold.clustering import cluster as cluster
+    from pyfold.clustering.estimator import KMeans as KMeans
+    from pyfold.clustering.kmeans import KMeansResult as KMeansResult
+    from pyfold.clustering.kmeans import kmeans as kmeans
+    from pyfold.clustering.regime import Explanation as Explanation
+    from pyfold.clustering.regime import explain as explain
     from pyfold.evaluate import perplexity as perplexity
     from pyfold.ops import merge_columns as merge_columns
     from pyfold.ops import merge_rows as merge_rows
@@ -17,9 +22,14 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Clustering": "clustering",
+    "Explanation": "clustering.regime",
     "FoldReport": "report",
+    "KMeans": "clustering.estimator",
+    "KMeansResult": "clustering.kmeans",
     "cluster": "clustering",
+    "explain": "clustering.regime",
     "fold_checkpoint": "pipeline",
+    "kmeans": "clustering.kmeans",
     "merge_columns": "ops",
     "merge_rows": "ops",
     "perplexity": "evaluate",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyfold import ops
+from pyfold.clustering.partition import canonical, labels_of
 
 
 @dataclass(frozen=True)
@@ -107,23 +108,6 @@ def cluster(
         n_moves=len(gains),
         backend=backend,
     )
-
-
-def labels_of(joins: ops.Joins, n: int) -> Tensor:
-    """The partition that a list of joins leaves, clusters numbered in the order of their first member."""
-    root = torch.arange(n, device=joins.lo.device)
-    root[joins.lo] = joins.hi  # a cluster enters another once, and never again
-    for _ in range(n.bit_length()):  # chains of joins: each round halves the way to the root
-        root = root[root]
-    return canonical(root)
-
-
-def canonical(labels: Tensor) -> Tensor:
-    """The same partition, clusters renumbered 0..K-1 in the order of their first member. Labels are in [0, N)."""
-    points = torch.arange(len(labels), device=labels.device)
-    first = torch.full_like(labels, len(labels)).scatter_reduce_(0, labels, points, "amin")[labels]
-    rank = torch.cumsum(first == points, 0) - 1
-    return rank[first]
 
 
 def _features(x: Tensor | np.ndarray[Any, Any]) -> Tensor:
