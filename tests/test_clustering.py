@@ -56,6 +56,37 @@ def test_real_layers_against_scipy(smollm2_features: dict[int, torch.Tensor], la
         assert result.ward_inertia == pytest.approx(scipy_inertia, rel=1e-5)
 
 
+def gram_of(kind: str, n: int) -> torch.Tensor:
+    """Gram matrices as folding meets them: weights, contributions of units (h = activations, V = consumer), spread norms."""
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, 48, generator=generator) @ torch.randn(48, 192, generator=generator) + torch.randn(
+        n, 192, generator=generator
+    )
+    if kind == "function metric":
+        h = torch.relu(torch.randn(512, 48, generator=generator) @ torch.randn(48, n, generator=generator))
+        return ((h.T @ h) / 512 * (x @ x.T)).contiguous()
+    if kind == "spread norms":
+        x = torch.randn(n, 400, generator=generator) * torch.exp(0.5 * torch.randn(n, 1, generator=generator))
+    return ops.gram(x)
+
+
+@pytest.mark.parametrize("kind", ["weights", "function metric", "spread norms"])
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.9])
+def test_wards_cut_is_scipys(kind: str, share: float, backend: str) -> None:
+    from scipy.cluster.hierarchy import fcluster, linkage
+    from scipy.spatial.distance import squareform
+
+    n = 150 if backend == "reference" else 600
+    g = gram_of(kind, n)
+    exact = g.double()
+    squares = exact.diagonal()[:, None] + exact.diagonal() - 2 * exact
+    distances = squareform(squares.clamp_min(0).sqrt().fill_diagonal_(0).numpy(), checks=False)
+    k = int(share * n)
+    expected = torch.from_numpy(fcluster(linkage(distances, "ward"), k, "maxclust").astype(np.int64)) - 1
+    cut = labels_of(ops.ward(g, k, backend=backend), n)
+    assert same_partition(cut, expected) or ops.inertia(g, cut, k) == pytest.approx(ops.inertia(g, expected, k), rel=1e-6)
+
+
 @pytest.mark.parametrize("layer", [0, 14, 20, 29])
 @pytest.mark.parametrize("share", [0.5, 0.8])
 def test_inertia_never_rises_between_refinement_passes(

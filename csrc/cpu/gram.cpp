@@ -83,15 +83,19 @@ void gram(const void* x, DType dtype, int64_t n, int64_t d, int64_t ld, bool tra
 }
 
 void mirror(float* g, int64_t n, int threads) {
-    constexpr int64_t kSide = 32;
+    // Through a block that fits a few cache lines: column by column every element read is a line of its own, all in one set of
+    // the cache where N is a multiple of 1024.
+    constexpr int64_t kSide = 16;
     const int64_t n_sides = (n + kSide - 1) / kSide;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
     for (int64_t bi = 0; bi < n_sides; bi++)
         for (int64_t bj = 0; bj <= bi; bj++) {
-            const int64_t i_end = min_of((bi + 1) * kSide, n);
-            for (int64_t i = bi * kSide; i < i_end; i++) {
-                const int64_t j_end = min_of((bj + 1) * kSide, i);
-                for (int64_t j = bj * kSide; j < j_end; j++) g[i * n + j] = g[j * n + i];
+            const int64_t i0 = bi * kSide, j0 = bj * kSide, rows = min_of(kSide, n - i0), columns = min_of(kSide, n - j0);
+            float upper[kSide][kSide];
+            for (int64_t j = 0; j < columns; j++) memcpy(upper[j], g + (j0 + j) * n + i0, sizeof(float) * rows);
+            for (int64_t i = 0; i < rows; i++) {
+                const int64_t j_end = min_of(columns, i0 + i - j0);
+                for (int64_t j = 0; j < j_end; j++) g[(i0 + i) * n + j0 + j] = upper[j][i];
             }
         }
 }

@@ -32,6 +32,7 @@ class Rates:
     gram_low: float  # the same for fp16 and bf16
     assign: float  # FLOP, fp32
     assign_low: float
+    points: float  # points assigned, whatever D and K
     bandwidth: float  # bytes
     lloyd: float  # entries of G in a Lloyd pass
     ward: float  # entries of G in a whole Ward clustering
@@ -44,10 +45,34 @@ class Rates:
         return replace(self, **scaled)
 
 
-# cpu: Xeon with AVX-512, one thread, pyfold's kernels but for assign, which is torch's rate. cuda: H100, not measured yet.
+# cpu: one thread of a Xeon with AMX (CPU seconds of a busy machine). cuda: an H100's data sheet, not measured yet.
 RATES = {
-    "cpu": Rates(1.2e11, 1.2e11, 1.0e11, 1.0e11, 1.0e10, 6e8, 9e7, 1.5e8, 3.5e8, 1.6e4),
-    "cuda": Rates(4.0e13, 4.0e14, 4.0e13, 3.0e14, 2.5e12, 5e11, 3e10, 5e10, 5e10, 2e4),
+    "cpu": Rates(
+        gram=1.1e11,
+        gram_low=3.5e11,
+        assign=2.1e11,
+        assign_low=2.5e11,
+        points=1e7,
+        bandwidth=1.0e10,
+        lloyd=6e8,
+        ward=9e7,
+        hartigan=1.5e8,
+        trials=3.5e8,
+        seeds=1.6e4,
+    ),
+    "cuda": Rates(
+        gram=4e13,
+        gram_low=4e14,
+        assign=4e13,
+        assign_low=3e14,
+        points=1e10,
+        bandwidth=2.5e12,
+        lloyd=5e11,
+        ward=3e10,
+        hartigan=5e10,
+        trials=5e10,
+        seeds=2e4,
+    ),
 }
 
 
@@ -143,7 +168,7 @@ def estimate(
     else:
         looks = max(1, passes) * starts
         flops += 2.0 * n * k * d * looks
-        seconds += looks * max(2.0 * n * k * d / assign_rate, features / rates.bandwidth) + looks * features / rates.bandwidth
+        seconds += looks * (2.0 * n * k * d / assign_rate + n / rates.points + 2 * features / rates.bandwidth)
         moved += 2.0 * features * looks
     return Estimate(regime, init, refine, flops * batch, moved * batch, memory * batch, seconds * batch)
 
