@@ -16,10 +16,11 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	$(VENV)/bin/python -m pytest $(ARGS)
 
-# By hand, about ten minutes: the tables of bench/results.
+# By hand, on an idle machine: the tables of bench/results. About twenty minutes; BENCHES=inertia, all peers run out, an hour.
+BENCHES ?= gram clustering after_gram kmeans regimes merge
 bench: $(VENV)/.built
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[bench]' --no-build-isolation
-	$(VENV)/bin/python -m pytest bench/bench_clustering.py bench/bench_merge.py bench/bench_regimes.py $(ARGS)
+	$(VENV)/bin/python -m pytest $(BENCHES:%=bench/bench_%.py) $(ARGS)
 
 format: $(VENV)/.built
 	$(VENV)/bin/ruff check --fix .

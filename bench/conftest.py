@@ -1,4 +1,4 @@
-"""Options, and the end of ``pytest bench/bench_<name>.py [--scale small]``: tables, and JSON after a whole full run."""
+"""``--scale``, the rows to fold, and the end of every ``pytest bench/bench_<name>.py``: tables, JSON after a whole full run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from report import Row, machine, table, write
+from rows import KINDS, make_rows
+from torch import Tensor
 
 
 @dataclass
@@ -19,13 +21,21 @@ class Report:
     tables: dict[str, list[Row]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Problem:
+    """Rows to fold into K clusters."""
+
+    kind: str
+    n_clusters: int
+    x: Tensor
+
+
 REPORTS = pytest.StashKey[list[Report]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--scale", choices=("small", "full"), default="full", help="small: seconds, to see that it works")
-    group.addoption("--niter", type=int, help="faiss k-means iterations at most (2 or more)")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -43,6 +53,17 @@ def report(request: pytest.FixtureRequest) -> Report:
     made = Report(name, request.module.SIZES[request.config.getoption("--scale")])
     request.config.stash[REPORTS].append(made)
     return made
+
+
+FOLDS = [(kind, kept) for kind in KINDS for kept in (0, 1)]
+
+
+@pytest.fixture(scope="module", params=FOLDS, ids=[f"{kind}-{('fold50', 'fold20')[kept]}" for kind, kept in FOLDS])
+def problem(request: pytest.FixtureRequest, report: Report) -> Problem:
+    """Each kind of rows with each K of a module's sizes; module scope, so one is in memory at a time."""
+    kind, kept = request.param
+    n_clusters = report.sizes.n_clusters[kept]
+    return Problem(kind, n_clusters, make_rows(kind, report.sizes.n, report.sizes.d, n_clusters))
 
 
 def pytest_terminal_summary(

@@ -35,8 +35,7 @@ def machine() -> dict[str, str | int]:
         "pyfold": f"{pyfold.__version__} {ops.resolve('auto')}",
         "torch": f"{torch.__version__} {'MKL' if torch.backends.mkl.is_available() else 'without MKL'}",
         "numpy": f"{np.__version__} {numpy_blas}",
-        "scipy": version("scipy"),
-        "faiss": version("faiss-cpu"),
+        **{peer: version(peer) for peer in ("scipy", "scikit-learn", "faiss-cpu", "fastkmeans", "superkmeans")},
     }
 
 

@@ -1,4 +1,7 @@
-"""N, D and a seed -> fp32 rows to cluster, of three kinds: fitted to a real network, i.i.d. Gaussian, planted near-duplicates.
+"""N, D and a seed -> fp32 rows to cluster.
+
+Rows to fold, of three kinds: fitted to a real network, i.i.d. Gaussian, planted near-duplicates. Points in many clusters, of
+two: a mixture of Gaussians, and one with SIFT's marks (non-negative integers, skewed, one norm), fitted to nothing.
 
 The fitted rows copy the FFN features of SmolLM2-135M, ``[gate_proj row i | up_proj row i | down_proj column i]`` (N = 1536,
 D = 1728), layers 5, 15 and 25 averaged. Measured there, and printed beside the model by ``python bench/fit_rows.py``:
@@ -27,6 +30,8 @@ SIGNAL_RANK = 0.05
 SPECTRUM_EXPONENT = 0.6
 LOADING_SIGMA = 0.9
 PLANTED_NOISE = 0.1
+KINDS = ("fitted", "gaussian", "planted")
+POINT_KINDS = ("mixture", "SIFT-like")
 
 
 def make_rows(kind: str, n: int, d: int, n_clusters: int, seed: int = 0) -> Tensor:
@@ -39,6 +44,25 @@ def make_rows(kind: str, n: int, d: int, n_clusters: int, seed: int = 0) -> Tens
     if kind == "planted":
         return _planted(n, d, n_clusters, generator)
     raise ValueError(f"kind: expected fitted, gaussian or planted, got '{kind}'")
+
+
+def make_points(kind: str, n: int, d: int, n_clusters: int, seed: int = 0) -> Tensor:
+    """(N, D) float32 points of ``kind`` mixture or SIFT-like, around centres of log-normal popularity; neighbours overlap."""
+    generator = torch.Generator().manual_seed(seed)
+    # As many centres as clusters would make SIFT-like k-means a matter of luck: two random starts end 4 % apart.
+    n_centres = 4 * n_clusters if kind == "SIFT-like" else n_clusters
+    popularity = torch.exp(0.5 * torch.randn(n_centres, generator=generator))
+    labels = torch.multinomial(popularity, n, replacement=True, generator=generator)
+    noise = torch.randn(n, d, generator=generator)
+    if kind == "mixture":
+        return noise.add_((0.35 * torch.randn(n_centres, d, generator=generator))[labels])
+    if kind != "SIFT-like":
+        raise ValueError(f"kind: expected mixture or SIFT-like, got '{kind}'")
+    centres = torch.empty(n_centres, d).exponential_(generator=generator).pow_(1.5)
+    x = noise.mul_(0.6).exp_().mul_(centres[labels])
+    # As SIFT: norm 512, no entry above a fifth of it, whole numbers.
+    x = torch.nn.functional.normalize(x).clamp_(max=0.2)
+    return torch.nn.functional.normalize(x).mul_(512).round_()
 
 
 def make_labels(n: int, n_clusters: int, generator: torch.Generator) -> Tensor:
