@@ -2,7 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -62,6 +67,16 @@ std::vector<double> refine(const std::string& simd, Address gram, int64_t n, int
     return hartigan(kernels, at<float>(gram), n, n_clusters, at<int64_t>(labels), at<double>(weights), max_moves, threads);
 }
 
+// Compressed sparse rows of a partition, by a counting sort.
+void sort_labels(Address labels, int64_t n, int64_t n_clusters, Address offsets, Address members) {
+    const int64_t* label = at<int64_t>(labels);
+    std::vector<int64_t> next(n_clusters + 1);
+    for (int64_t i = 0; i < n; i++) next[label[i] + 1]++;
+    std::partial_sum(next.begin(), next.end(), next.begin());
+    std::copy(next.begin(), next.end(), at<int64_t>(offsets));
+    for (int64_t i = 0; i < n; i++) at<int64_t>(members)[next[label[i]]++] = i;
+}
+
 void merge_rows(const std::string& simd, Address x, int in, int64_t d, int64_t ld, int64_t n_clusters, Address offsets,
                 Address members, Address weights, Address out, int to, int threads) {
     const Kernels& kernels = level(simd);
@@ -75,10 +90,13 @@ void merge_columns(const std::string& simd, Address x, int in, int64_t h, int64_
                    Address offsets, Address members, Address scale, Address out, int to, int threads) {
     const Kernels& kernels = level(simd);
     py::gil_scoped_release release;
-    std::vector<float> scratch(2 * n + threads * (n + n_clusters));
+    // Not a vector, which would fill it, one page fault after the other.
+    const std::unique_ptr<void, void (*)(void*)> scratch(std::aligned_alloc(64, (threads * n + n_clusters / 16 + 1) * 64),
+                                                         std::free);
+    if (!scratch) throw std::bad_alloc();
     kernels.merge_columns(at<void>(x), static_cast<DType>(in), h, n, ld,
                           Clusters{n_clusters, at<int64_t>(offsets), at<int64_t>(members)}, at<float>(scale), at<void>(out),
-                          static_cast<DType>(to), scratch.data(), threads);
+                          static_cast<DType>(to), scratch.get(), threads);
 }
 
 int64_t first_nonfinite(const std::string& simd, Address x, int dtype, int64_t count, int threads) {
@@ -103,6 +121,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("mirror", &mirror);
     m.def("ward", &ward);
     m.def("hartigan", &refine);
+    m.def("sort_labels", &sort_labels);
     m.def("merge_rows", &merge_rows);
     m.def("merge_columns", &merge_columns);
     m.def("first_nonfinite", &first_nonfinite);

@@ -9,6 +9,7 @@ def ward(
 def hartigan(
     simd: str, gram: int, n: int, n_clusters: int, labels: int, weights: int, max_moves: int, threads: int, /
 ) -> list[float]: ...
+def sort_labels(labels: int, n: int, n_clusters: int, offsets: int, members: int) -> None: ...
 def merge_rows(
     simd: str, x: int, dtype: int, d: int, ld: int, n_clusters: int, offsets: int, members: int, weights: int, out: int,
     to: int, threads: int, /,

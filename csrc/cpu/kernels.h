@@ -45,10 +45,10 @@ struct Kernels {
     // Weighted mean of each cluster's rows: x (N, D) -> out (K, D). weights may be null.
     void (*merge_rows)(const void* x, DType in, int64_t d, int64_t ld, const Clusters& clusters, const double* weights,
                        void* out, DType to, int threads);
-    // Sum of each cluster's scaled columns: x (H, N) -> out (H, K). scale may be null. scratch: 2 N + threads * (N + K) floats.
-    // N < 2^31.
+    // Sum of each cluster's scaled columns: x (H, N) -> out (H, K). scale may be null.
+    // scratch: 64 * threads * N + 4 * K bytes, on a 64-byte boundary. K < 2^31.
     void (*merge_columns)(const void* x, DType in, int64_t h, int64_t n, int64_t ld, const Clusters& clusters,
-                          const float* scale, void* out, DType to, float* scratch, int threads);
+                          const float* scale, void* out, DType to, void* scratch, int threads);
     // Index of the first NaN or infinity in x, or -1.
     int64_t (*first_nonfinite)(const void* x, DType dtype, int64_t count, int threads);
 };

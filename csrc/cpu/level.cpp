@@ -12,7 +12,7 @@ void sum_rows(const float*, int64_t, const int64_t*, int64_t, const double*, dou
 void segment_sum(const float*, const Clusters&, const double*, double*);
 void cheapest(const double*, const double*, const double*, int64_t, int64_t, double, double, double*, double*, int64_t*);
 void merge_rows(const void*, DType, int64_t, int64_t, const Clusters&, const double*, void*, DType, int);
-void merge_columns(const void*, DType, int64_t, int64_t, int64_t, const Clusters&, const float*, void*, DType, float*, int);
+void merge_columns(const void*, DType, int64_t, int64_t, int64_t, const Clusters&, const float*, void*, DType, void*, int);
 int64_t first_nonfinite(const void*, DType, int64_t, int);
 
 const Kernels kernels = {gram_scratch, gram,     mirror,     ward,          sum_rows,

@@ -122,6 +122,7 @@ class CpuBackend:
 
 def _clusters(labels: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
     """Compressed sparse rows of a partition: offsets (K + 1,) and the members of each cluster in ascending order."""
-    offsets = torch.zeros(n_clusters + 1, dtype=torch.int64)
-    torch.cumsum(torch.bincount(labels, minlength=n_clusters), 0, out=offsets[1:])
-    return offsets, torch.argsort(labels, stable=True)
+    labels = labels.contiguous()
+    offsets, members = torch.empty(n_clusters + 1, dtype=torch.int64), torch.empty_like(labels)
+    _C.sort_labels(labels.data_ptr(), len(labels), n_clusters, offsets.data_ptr(), members.data_ptr())
+    return offsets, members
