@@ -2,18 +2,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
-#include <numeric>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "cpu/batch.h"
 #include "cpu/hartigan.h"
 #include "cpu/kernels.h"
+#include "cpu/lloyd.h"
+#include "cpu/memory.h"
+#include "cpu/partition.h"
 
 namespace py = pybind11;
 using namespace pyfold;
@@ -33,70 +33,107 @@ const Kernels& level(const std::string& name) {
     return *kernels;
 }
 
-void gram(const std::string& simd, Address x, int dtype, int64_t n, int64_t d, int64_t ld, bool transposed, Address out,
-          int threads) {
-    const Kernels& kernels = level(simd);
-    py::gil_scoped_release release;
-    std::vector<float> scratch(kernels.gram_scratch(n) + 16);
-    float* aligned = at<float>((reinterpret_cast<Address>(scratch.data()) + 63) & ~Address{63});
-    kernels.gram(at<void>(x), static_cast<DType>(dtype), n, d, ld, transposed, at<float>(out), aligned, threads);
+// The number of points of each problem, which is entry `at` of its tuple.
+template <size_t at, class Problem>
+std::vector<int64_t> sizes_of(const std::vector<Problem>& problems) {
+    std::vector<int64_t> sizes;
+    for (const Problem& problem : problems) sizes.push_back(std::get<at>(problem));
+    return sizes;
 }
 
-void mirror(const std::string& simd, Address gram, int64_t n, int threads) {
+// x, dtype, n, d, ld, out
+using GramProblem = std::tuple<Address, int, int64_t, int64_t, int64_t, Address>;
+
+void gram(const std::string& simd, const std::vector<GramProblem>& problems, bool accumulate, bool transposed, int threads) {
     const Kernels& kernels = level(simd);
     py::gil_scoped_release release;
-    kernels.mirror(at<float>(gram), n, threads);
+    for_each_problem(sizes_of<2>(problems), threads, [&](int64_t problem, int team) {
+        const auto& [x, dtype, n, d, ld, out] = problems[problem];
+        const DType type = static_cast<DType>(dtype);
+        const Scratch scratch(kernels.products->gram_scratch(n, d, type, team));
+        if (!accumulate) prefer_huge_pages(at<void>(out), 4 * n * n);
+        kernels.products->gram(at<void>(x), type, n, d, ld, transposed, accumulate, at<float>(out), scratch.data(), team);
+        kernels.mirror(at<float>(out), n, team);
+    });
 }
 
-void ward(const std::string& simd, Address gram, int64_t n, int64_t n_clusters, Address weights, Address lo, Address hi,
-          Address height, int threads) {
+// x, dtype, n, d, ld, centroids, n_clusters, labels, distances
+using AssignProblem = std::tuple<Address, int, int64_t, int64_t, int64_t, Address, int64_t, Address, Address>;
+
+void assign(const std::string& simd, const std::vector<AssignProblem>& problems, int threads) {
     const Kernels& kernels = level(simd);
     py::gil_scoped_release release;
-    std::vector<double> weight(at<double>(weights), at<double>(weights) + n);
-    std::vector<float> key(n);
-    std::vector<int64_t> near(n);
-    kernels.ward(at<float>(gram), n, n_clusters, weight.data(), at<int64_t>(lo), at<int64_t>(hi), at<double>(height),
-                 key.data(), near.data(), threads);
-    kernels.mirror(at<float>(gram), n, threads);
+    for_each_problem(sizes_of<2>(problems), threads, [&](int64_t problem, int team) {
+        const auto& [x, dtype, n, d, ld, centroids, n_clusters, labels, distances] = problems[problem];
+        const Scratch scratch(kernels.products->assign_scratch(d, n_clusters, team));
+        kernels.products->assign(at<void>(x), static_cast<DType>(dtype), n, d, ld, at<float>(centroids), n_clusters,
+                                 at<int64_t>(labels), at<float>(distances), scratch.data(), team);
+    });
 }
 
-std::vector<double> refine(const std::string& simd, Address gram, int64_t n, int64_t n_clusters, Address labels,
-                           Address weights, int64_t max_moves, int threads) {
+// gram, n, n_clusters, weights, lo, hi, height
+using WardProblem = std::tuple<Address, int64_t, int64_t, Address, Address, Address, Address>;
+
+void ward(const std::string& simd, const std::vector<WardProblem>& problems, int threads) {
     const Kernels& kernels = level(simd);
     py::gil_scoped_release release;
-    return hartigan(kernels, at<float>(gram), n, n_clusters, at<int64_t>(labels), at<double>(weights), max_moves, threads);
+    for_each_problem(sizes_of<1>(problems), threads, [&](int64_t problem, int team) {
+        const auto& [gram, n, n_clusters, weights, lo, hi, height] = problems[problem];
+        std::vector<double> weight(at<double>(weights), at<double>(weights) + n);
+        std::vector<float> key(n);
+        std::vector<int64_t> near(n);
+        kernels.ward(at<float>(gram), n, n_clusters, weight.data(), at<int64_t>(lo), at<int64_t>(hi), at<double>(height),
+                     key.data(), near.data(), team);
+        kernels.mirror(at<float>(gram), n, team);
+    });
 }
 
-// Compressed sparse rows of a partition, by a counting sort.
-void sort_labels(Address labels, int64_t n, int64_t n_clusters, Address offsets, Address members) {
-    const int64_t* label = at<int64_t>(labels);
-    std::vector<int64_t> next(n_clusters + 1);
-    for (int64_t i = 0; i < n; i++) next[label[i] + 1]++;
-    std::partial_sum(next.begin(), next.end(), next.begin());
-    std::copy(next.begin(), next.end(), at<int64_t>(offsets));
-    for (int64_t i = 0; i < n; i++) at<int64_t>(members)[next[label[i]]++] = i;
-}
+// gram, n, n_clusters, labels, weights, moved, distances
+using LloydProblem = std::tuple<Address, int64_t, int64_t, Address, Address, Address, Address>;
 
-void merge_rows(const std::string& simd, Address x, int in, int64_t d, int64_t ld, int64_t n_clusters, Address offsets,
-                Address members, Address weights, Address out, int to, int threads) {
+void lloyd_pass(const std::string& simd, const std::vector<LloydProblem>& problems, int threads) {
     const Kernels& kernels = level(simd);
     py::gil_scoped_release release;
-    kernels.merge_rows(at<void>(x), static_cast<DType>(in), d, ld,
-                       Clusters{n_clusters, at<int64_t>(offsets), at<int64_t>(members)}, at<double>(weights), at<void>(out),
+    for_each_problem(sizes_of<1>(problems), threads, [&](int64_t problem, int team) {
+        const auto& [gram, n, n_clusters, labels, weights, moved, distances] = problems[problem];
+        lloyd(kernels, at<float>(gram), n, n_clusters, at<int64_t>(labels), at<double>(weights), at<int64_t>(moved),
+              at<float>(distances), team);
+    });
+}
+
+// gram, n, n_clusters, labels (refined in place), weights
+using HartiganProblem = std::tuple<Address, int64_t, int64_t, Address, Address>;
+
+std::vector<std::vector<double>> refine(const std::string& simd, const std::vector<HartiganProblem>& problems,
+                                        int64_t max_moves, int threads) {
+    const Kernels& kernels = level(simd);
+    py::gil_scoped_release release;
+    std::vector<std::vector<double>> gains(problems.size());
+    for_each_problem(sizes_of<1>(problems), threads, [&](int64_t problem, int team) {
+        const auto& [gram, n, n_clusters, labels, weights] = problems[problem];
+        gains[problem] =
+            hartigan(kernels, at<float>(gram), n, n_clusters, at<int64_t>(labels), at<double>(weights), max_moves, team);
+    });
+    return gains;
+}
+
+void merge_rows(const std::string& simd, Address x, int in, int64_t n, int64_t d, int64_t ld, Address labels,
+                int64_t n_clusters, Address weights, Address out, int to, int threads) {
+    const Kernels& kernels = level(simd);
+    py::gil_scoped_release release;
+    const Partition partition(at<int64_t>(labels), n, n_clusters);
+    kernels.merge_rows(at<void>(x), static_cast<DType>(in), d, ld, partition.clusters(), at<double>(weights), at<void>(out),
                        static_cast<DType>(to), threads);
 }
 
-void merge_columns(const std::string& simd, Address x, int in, int64_t h, int64_t n, int64_t ld, int64_t n_clusters,
-                   Address offsets, Address members, Address scale, Address out, int to, int threads) {
+void merge_columns(const std::string& simd, Address x, int in, int64_t h, int64_t n, int64_t ld, Address labels,
+                   int64_t n_clusters, Address scale, Address out, int to, int threads) {
     const Kernels& kernels = level(simd);
     py::gil_scoped_release release;
-    // Not a vector, which would fill it, one page fault after the other.
-    const std::unique_ptr<void, void (*)(void*)> scratch(std::aligned_alloc(64, (threads * n + n_clusters / 16 + 1) * 64),
-                                                         std::free);
-    if (!scratch) throw std::bad_alloc();
-    kernels.merge_columns(at<void>(x), static_cast<DType>(in), h, n, ld,
-                          Clusters{n_clusters, at<int64_t>(offsets), at<int64_t>(members)}, at<float>(scale), at<void>(out),
-                          static_cast<DType>(to), scratch.get(), threads);
+    const Partition partition(at<int64_t>(labels), n, n_clusters);
+    const Scratch scratch(kernels.merge_columns_scratch(n, n_clusters, threads));
+    kernels.merge_columns(at<void>(x), static_cast<DType>(in), h, n, ld, partition.clusters(), at<float>(scale), at<void>(out),
+                          static_cast<DType>(to), scratch.data(), threads);
 }
 
 int64_t first_nonfinite(const std::string& simd, Address x, int dtype, int64_t count, int threads) {
@@ -107,7 +144,7 @@ int64_t first_nonfinite(const std::string& simd, Address x, int dtype, int64_t c
 
 std::vector<std::string> simd_levels() {
     std::vector<std::string> levels;
-    for (const char* name : {"avx512", "avx2", "baseline"})
+    for (const char* name : {"amx", "avx512bf16", "avx512", "avx2", "baseline"})
         if (kernels_for(name)) levels.push_back(name);
     return levels;
 }
@@ -118,10 +155,10 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "pyfold's C++ kernels; call them through pyfold.ops, which validates.";
     m.def("simd_levels", &simd_levels, "SIMD levels of this build that this CPU can run, best first.");
     m.def("gram", &gram);
-    m.def("mirror", &mirror);
+    m.def("assign", &assign);
     m.def("ward", &ward);
+    m.def("lloyd", &lloyd_pass);
     m.def("hartigan", &refine);
-    m.def("sort_labels", &sort_labels);
     m.def("merge_rows", &merge_rows);
     m.def("merge_columns", &merge_columns);
     m.def("first_nonfinite", &first_nonfinite);

@@ -111,21 +111,19 @@ def cluster(
 
 def labels_of(joins: ops.Joins, n: int) -> Tensor:
     """The partition that a list of joins leaves, clusters numbered in the order of their first member."""
-    root = list(range(n))
-    # A dead cluster is never joined again, so replaying backwards resolves every chain in one pass.
-    for lo, hi in zip(reversed(joins.lo.tolist()), reversed(joins.hi.tolist()), strict=True):
-        root[lo] = root[hi]
-    return canonical(torch.tensor(root, device=joins.lo.device))
+    root = torch.arange(n, device=joins.lo.device)
+    root[joins.lo] = joins.hi  # a cluster enters another once, and never again
+    for _ in range(n.bit_length()):  # chains of joins: each round halves the way to the root
+        root = root[root]
+    return canonical(root)
 
 
 def canonical(labels: Tensor) -> Tensor:
-    """The same partition, clusters renumbered 0..K-1 in the order of their first member."""
-    unique, inverse = torch.unique(labels, return_inverse=True)
-    first = torch.full((len(unique),), len(labels), dtype=torch.int64, device=labels.device)
-    first.scatter_reduce_(0, inverse, torch.arange(len(labels), device=labels.device), "amin")
-    rank = torch.empty_like(first)
-    rank[torch.argsort(first)] = torch.arange(len(unique), device=labels.device)
-    return rank[inverse]
+    """The same partition, clusters renumbered 0..K-1 in the order of their first member. Labels are in [0, N)."""
+    points = torch.arange(len(labels), device=labels.device)
+    first = torch.full_like(labels, len(labels)).scatter_reduce_(0, labels, points, "amin")[labels]
+    rank = torch.cumsum(first == points, 0) - 1
+    return rank[first]
 
 
 def _features(x: Tensor | np.ndarray[Any, Any]) -> Tensor:

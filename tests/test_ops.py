@@ -256,3 +256,85 @@ def test_bad_tensors_say_expected_and_got() -> None:
     ):
         with pytest.raises(error, match=match):
             call()
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 127, 129])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+def test_lloyd_moves_to_the_nearest_centroid(n: int, weighted: bool, backend: str) -> None:
+    """Judged by distance, from the points in fp64."""
+    x = rows(n, 20)
+    k = max(1, n // 2)
+    labels = random_labels(n, k)
+    weights = torch.rand(n, dtype=torch.float64) + 0.5 if weighted else None
+    centroids = ops.merge_rows(x, labels, k, weights=weights, backend="reference").double()
+    distance = torch.cdist(x.double(), centroids, compute_mode="donot_use_mm_for_euclid_dist").square()
+    moved, distances = ops.lloyd(ops.gram(x), labels, k, weights=weights, backend=backend)
+    chosen = distance.gather(1, moved[:, None])[:, 0]
+    scale = float(x.double().square().sum(1).max())
+    torch.testing.assert_close(chosen, distance.min(1).values, rtol=0, atol=1e-5 * scale)
+    torch.testing.assert_close(distances.double(), chosen, rtol=0, atol=1e-5 * scale)
+
+
+def test_lloyd_stays_among_equals(backend: str) -> None:
+    x = torch.tensor([[0.0], [0.0], [0.0], [0.0], [2.0]])
+    labels = torch.tensor([2, 1, 0, 2, 3])
+    moved, distances = ops.lloyd(ops.gram(x), labels, 4, backend=backend)
+    assert moved.tolist() == labels.tolist()
+    assert distances.tolist() == [0.0] * 5
+
+
+def test_a_list_of_problems_is_the_problems_one_by_one(backend: str) -> None:
+    sizes = [(1, 3, 1), (40, 7, 20), (3, 5, 3), (129, 20, 60)] + ([(1600, 9, 30)] if backend != "reference" else [])
+    xs = [rows(n, d) for n, d, _ in sizes]
+    counts = [k for _, _, k in sizes]
+    weights = [torch.rand(n, dtype=torch.float64) + 0.5 for n, _, _ in sizes]
+    grams = ops.gram(xs, backend=backend)
+    joins = ops.ward(grams, counts, weights=weights, backend=backend)
+    cuts = [labels_of(j, len(x)) for j, x in zip(joins, xs, strict=True)]
+    passes = ops.lloyd(grams, cuts, counts, weights=weights, backend=backend)
+    refined = ops.hartigan(grams, cuts, counts, weights=weights, backend=backend)
+    means = ops.update(xs, cuts, counts, weights=weights, backend=backend)
+    for i, (x, k, w) in enumerate(zip(xs, counts, weights, strict=True)):
+        g = ops.gram(x, backend=backend)
+        assert torch.equal(grams[i], g)
+        for got, expected in (
+            (joins[i], ops.ward(g, k, weights=w, backend=backend)),
+            (passes[i], ops.lloyd(g, cuts[i], k, weights=w, backend=backend)),
+            (refined[i], ops.hartigan(g, cuts[i], k, weights=w, backend=backend)),
+            ([means[i]], [ops.update(x, cuts[i], k, weights=w, backend=backend)]),
+        ):
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("n", "d", "k"), [(1, 1, 1), (3, 7, 3), (7, 129, 2), (127, 3, 63), (129, 600, 129), (20, 12288, 10), (900, 40, 450)]
+)
+def test_assign_finds_the_nearest(n: int, d: int, k: int, dtype: torch.dtype, backend: str) -> None:
+    """Judged by distance in fp64."""
+    x, centroids = rows(n, d, dtype), rows(k, d, seed=1)
+    centroids[: k // 2] = x[: k // 2].float()  # some of them exactly on a point
+    labels, distances = ops.assign(x, centroids, backend=backend)
+    distance = torch.cdist(x.double(), centroids.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    chosen = distance.gather(1, labels[:, None])[:, 0]
+    scale = float(x.double().square().sum(1).max())
+    torch.testing.assert_close(chosen, distance.min(1).values, rtol=0, atol=2e-6 * scale)
+    torch.testing.assert_close(distances.double(), chosen, rtol=1e-5, atol=1e-12 * scale)
+
+
+def test_assign_prefers_the_lowest_index_among_equals(backend: str) -> None:
+    centroids = rows(5, 33).repeat(40, 1)
+    labels, distances = ops.assign(rows(5, 33), centroids, backend=backend)
+    assert labels.tolist() == [0, 1, 2, 3, 4]
+    assert float(distances.max()) < 1e-9
+
+
+def test_assign_reads_strided_rows_and_gives_the_same_bits_on_any_number_of_threads(backend: str) -> None:
+    wide = rows(1500, 90)
+    x, centroids = wide[:, 3:73], rows(100, 70, seed=2)
+    expected = ops.assign(x.contiguous(), centroids, backend=backend)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        got = ops.assign(x, centroids, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    torch.set_num_threads(2)

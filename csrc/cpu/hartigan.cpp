@@ -15,6 +15,8 @@
 
 #include <omp.h>
 
+#include "partition.h"
+
 namespace pyfold {
 
 namespace {
@@ -114,15 +116,7 @@ struct Refinement {
         for (int64_t i = 0; i < n; i++) diagonal[i] = gram[i * n + i];
         for (int64_t i = 0; i < n; i++) members[labels[i]].push_back(i);
         sort_members();
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 64)
-        for (int64_t c = 0; c < n_clusters; c++) {
-            for (const int64_t i : members[c]) {
-                double sum = 0;
-                for (const int64_t j : members[c]) sum += weights[j] * gram[i * n + j];
-                weight[c] += weights[i];
-                total[c] += weights[i] * sum;
-            }
-        }
+        Partition(labels, n, n_clusters).measure(gram, n, weights, weight.data(), total.data(), threads);
         std::vector<std::vector<double>> sums(threads, std::vector<double>(n_clusters));
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 64)
         for (int64_t i = 0; i < n; i++) evaluate(i, sums[omp_get_thread_num()]);

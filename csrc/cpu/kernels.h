@@ -19,13 +19,23 @@ struct Clusters {
     const int64_t* members;
 };
 
-struct Kernels {
-    // Floats of scratch that `gram` needs for N points.
-    int64_t (*gram_scratch)(int64_t n);
-    // Upper block triangle of gram (N x N) += sum over panels of P Pᵀ. x is (N, D), or (D, N) when `transposed`, with
+// The kernels that multiply points by points. Some levels have units of their own for them.
+struct Products {
+    // Floats of scratch, aligned to 64 bytes, that `gram` needs.
+    int64_t (*gram_scratch)(int64_t n, int64_t d, DType dtype, int threads);
+    // Upper block triangle of gram (N x N) = or += sum over panels of P Pᵀ. x is (N, D), or (D, N) when `transposed`, with
     // `ld` elements between rows.
-    void (*gram)(const void* x, DType dtype, int64_t n, int64_t d, int64_t ld, bool transposed, float* gram, float* scratch,
-                 int threads);
+    void (*gram)(const void* x, DType dtype, int64_t n, int64_t d, int64_t ld, bool transposed, bool accumulate, float* gram,
+                 float* scratch, int threads);
+    // Floats of scratch, aligned to 64 bytes, that `assign` needs.
+    int64_t (*assign_scratch)(int64_t d, int64_t n_clusters, int threads);
+    // Nearest of the centroids (K, D) for every row of x (N, D), and the squared distance to it. K < 2^31.
+    void (*assign)(const void* x, DType dtype, int64_t n, int64_t d, int64_t ld, const float* centroids, int64_t n_clusters,
+                   int64_t* labels, float* distances, float* scratch, int threads);
+};
+
+struct Kernels {
+    const Products* products;
     // Lower triangle <- upper triangle.
     void (*mirror)(float* gram, int64_t n, int threads);
     // Greedy Ward on a full symmetric Gram matrix, in height order, until n_clusters are left. Consumes the lower
@@ -42,13 +52,17 @@ struct Kernels {
     // Cheapest and second cheapest cluster for a point of weight w to enter: w W_c / (W_c + w) d²(i, c) over c != own.
     void (*cheapest)(const double* sums, const double* total, const double* weight, int64_t n_clusters, int64_t own,
                      double self, double w, double* cost, double* second, int64_t* target);
+    // Nearest cluster by d²(i, c), c = own unless another is strictly nearer; the lowest index among equals.
+    void (*nearest)(const double* sums, const double* total, const double* weight, int64_t n_clusters, int64_t own, double self,
+                    double* distance, int64_t* target);
     // Weighted mean of each cluster's rows: x (N, D) -> out (K, D). weights may be null.
     void (*merge_rows)(const void* x, DType in, int64_t d, int64_t ld, const Clusters& clusters, const double* weights,
                        void* out, DType to, int threads);
+    // Floats of scratch, aligned to 64 bytes, that `merge_columns` needs.
+    int64_t (*merge_columns_scratch)(int64_t n, int64_t n_clusters, int threads);
     // Sum of each cluster's scaled columns: x (H, N) -> out (H, K). scale may be null.
-    // scratch: 64 * threads * N + 4 * K bytes, on a 64-byte boundary. K < 2^31.
     void (*merge_columns)(const void* x, DType in, int64_t h, int64_t n, int64_t ld, const Clusters& clusters,
-                          const float* scale, void* out, DType to, void* scratch, int threads);
+                          const float* scale, void* out, DType to, float* scratch, int threads);
     // Index of the first NaN or infinity in x, or -1.
     int64_t (*first_nonfinite)(const void* x, DType dtype, int64_t count, int threads);
 };
@@ -62,10 +76,15 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512bf16 {
+extern const Products products;
+}
+namespace amx {
+extern const Products products;
+}
 
-// The table of a SIMD level by name ("baseline", "avx2", "avx512"), or null where this build or this CPU lacks it.
+// The table of a SIMD level by name ("baseline", "avx2", "avx512", "avx512bf16", "amx"), or null where this build or this CPU
+// lacks it.
 const Kernels* kernels_for(const char* level);
-// The best level that this build and this CPU have.
-const char* best_level();
 
 }  // namespace pyfold

@@ -4,19 +4,21 @@
 namespace pyfold {
 namespace PYFOLD_SIMD {
 
-int64_t gram_scratch(int64_t n);
-void gram(const void*, DType, int64_t, int64_t, int64_t, bool, float*, float*, int);
+extern const Products products;
 void mirror(float*, int64_t, int);
 void ward(float*, int64_t, int64_t, double*, int64_t*, int64_t*, double*, float*, int64_t*, int);
 void sum_rows(const float*, int64_t, const int64_t*, int64_t, const double*, double*, int);
 void segment_sum(const float*, const Clusters&, const double*, double*);
 void cheapest(const double*, const double*, const double*, int64_t, int64_t, double, double, double*, double*, int64_t*);
+void nearest(const double*, const double*, const double*, int64_t, int64_t, double, double*, int64_t*);
 void merge_rows(const void*, DType, int64_t, int64_t, const Clusters&, const double*, void*, DType, int);
-void merge_columns(const void*, DType, int64_t, int64_t, int64_t, const Clusters&, const float*, void*, DType, void*, int);
+int64_t merge_columns_scratch(int64_t, int64_t, int);
+void merge_columns(const void*, DType, int64_t, int64_t, int64_t, const Clusters&, const float*, void*, DType, float*, int);
 int64_t first_nonfinite(const void*, DType, int64_t, int);
 
-const Kernels kernels = {gram_scratch, gram,     mirror,     ward,          sum_rows,
-                         segment_sum,  cheapest, merge_rows, merge_columns, first_nonfinite};
+const Kernels kernels = {
+    &products,     mirror,         ward, sum_rows, segment_sum, cheapest, nearest, merge_rows, merge_columns_scratch,
+    merge_columns, first_nonfinite};
 
 }  // namespace PYFOLD_SIMD
 }  // namespace pyfold

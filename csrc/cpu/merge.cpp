@@ -173,8 +173,8 @@ struct Columns {
 
 template <DType in, DType to>
 void merge_columns_as(const void* x, int64_t h, int64_t n, int64_t ld, const Clusters& clusters, const float* scale, void* out,
-                      void* scratch, int threads) {
-    char* tiles = static_cast<char*>(scratch);
+                      float* scratch, int threads) {
+    char* tiles = reinterpret_cast<char*>(scratch);
     int32_t* order = reinterpret_cast<int32_t*>(tiles + threads * n * kSlice);
     for (int64_t begin = 0; begin < clusters.n_clusters; begin += kClusters)
         sort_by_size(clusters.offsets + begin, min_of(kClusters, clusters.n_clusters - begin), order + begin);
@@ -203,8 +203,10 @@ constexpr auto merge_columns_to(DType to) {
 
 }  // namespace
 
+int64_t merge_columns_scratch(int64_t n, int64_t n_clusters, int threads) { return threads * n * kSlice / 4 + n_clusters; }
+
 void merge_columns(const void* x, DType in, int64_t h, int64_t n, int64_t ld, const Clusters& clusters, const float* scale,
-                   void* out, DType to, void* scratch, int threads) {
+                   void* out, DType to, float* scratch, int threads) {
     const auto merge = in == DType::f32   ? merge_columns_to<DType::f32>(to)
                        : in == DType::f16 ? merge_columns_to<DType::f16>(to)
                                           : merge_columns_to<DType::bf16>(to);

@@ -53,5 +53,23 @@ void cheapest(const double* sums, const double* total, const double* weight, int
     *target = at;
 }
 
+void nearest(const double* sums, const double* total, const double* weight, int64_t n_clusters, int64_t own, double self,
+             double* distance, int64_t* target) {
+    double best = __builtin_inf(), stay = 0;
+    int64_t at = own;
+    for (int64_t c = 0; c < n_clusters; c++) {
+        const double mean = 1.0 / weight[c];
+        double d = self - 2.0 * sums[c] * mean + total[c] * mean * mean;
+        d = d > 0 ? d : 0;
+        if (c == own) stay = d;
+        if (d < best) {
+            best = d;
+            at = c;
+        }
+    }
+    *distance = best;
+    *target = best < stay ? at : own;
+}
+
 }  // namespace PYFOLD_SIMD
 }  // namespace pyfold

@@ -3,13 +3,8 @@ gives the same bits on any number of them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from pyfold.ops import Joins
 
 try:
     from pyfold import _C
@@ -37,60 +32,71 @@ class CpuBackend:
     def __init__(self, simd: str) -> None:
         self.simd = simd
 
-    def gram(self, x: Tensor, out: Tensor, accumulate: bool, transposed: bool) -> None:
-        if not accumulate:
-            out.zero_()
-        d, n = x.shape if transposed else x.shape[::-1]
-        threads = torch.get_num_threads()
-        stride = x.stride(0) if x.shape[0] > 1 else x.shape[1]
-        _C.gram(self.simd, x.data_ptr(), _DTYPE[x.dtype], n, d, stride, transposed, out.data_ptr(), threads)
-        _C.mirror(self.simd, out.data_ptr(), n, threads)
+    def gram(self, xs: list[Tensor], outs: list[Tensor], accumulate: bool, transposed: bool) -> None:
+        problems = []
+        for x, out in zip(xs, outs, strict=True):
+            d, n = x.shape if transposed else x.shape[::-1]
+            problems.append((x.data_ptr(), _DTYPE[x.dtype], n, d, _row_stride(x), out.data_ptr()))
+        _C.gram(self.simd, problems, accumulate, transposed, torch.get_num_threads())
 
-    def ward(self, gram: Tensor, n_clusters: int, weights: Tensor) -> Joins:
-        from pyfold.ops import Joins
+    def ward(self, grams: list[Tensor], n_clusters: list[int], weights: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        problems, joins = [], []
+        for g, k, w in zip(grams, n_clusters, weights, strict=True):
+            lo = torch.empty(len(g) - k, dtype=torch.int64)
+            joins.append((lo, torch.empty_like(lo), torch.empty(len(lo), dtype=torch.float64)))
+            problems.append((g.data_ptr(), len(g), k, w.data_ptr(), *(t.data_ptr() for t in joins[-1])))
+        _C.ward(self.simd, problems, torch.get_num_threads())
+        return joins
 
-        n = gram.shape[0]
-        lo = torch.empty(n - n_clusters, dtype=torch.int64)
-        hi = torch.empty_like(lo)
-        height = torch.empty(n - n_clusters, dtype=torch.float64)
-        _C.ward(
-            self.simd,
-            gram.data_ptr(),
-            n,
-            n_clusters,
-            weights.data_ptr(),
-            lo.data_ptr(),
-            hi.data_ptr(),
-            height.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return Joins(lo, hi, height)
+    def lloyd(
+        self, grams: list[Tensor], labels: list[Tensor], n_clusters: list[int], weights: list[Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        problems, moved = [], []
+        for g, given, k, w in zip(grams, labels, n_clusters, weights, strict=True):
+            moved.append((torch.empty_like(given), torch.empty(len(g), dtype=torch.float32)))
+            problems.append((g.data_ptr(), len(g), k, given.data_ptr(), w.data_ptr(), *(t.data_ptr() for t in moved[-1])))
+        _C.lloyd(self.simd, problems, torch.get_num_threads())
+        return moved
 
-    def hartigan(self, gram: Tensor, labels: Tensor, n_clusters: int, weights: Tensor, max_moves: int) -> tuple[Tensor, Tensor]:
-        labels = labels.clone()
-        gains = _C.hartigan(
-            self.simd,
-            gram.data_ptr(),
-            gram.shape[0],
-            n_clusters,
-            labels.data_ptr(),
-            weights.data_ptr(),
-            max_moves,
-            torch.get_num_threads(),
-        )
-        return labels, torch.tensor(gains, dtype=torch.float64)
+    def hartigan(
+        self, grams: list[Tensor], labels: list[Tensor], n_clusters: list[int], weights: list[Tensor], max_moves: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        refined = [given.clone() for given in labels]
+        problems = [
+            (g.data_ptr(), len(g), k, moved.data_ptr(), w.data_ptr())
+            for g, moved, k, w in zip(grams, refined, n_clusters, weights, strict=True)
+        ]
+        gains = _C.hartigan(self.simd, problems, max_moves, torch.get_num_threads())
+        return [(moved, torch.tensor(gain, dtype=torch.float64)) for moved, gain in zip(refined, gains, strict=True)]
+
+    def assign(self, xs: list[Tensor], centroids: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        problems, nearest = [], []
+        for x, means in zip(xs, centroids, strict=True):
+            nearest.append((torch.empty(len(x), dtype=torch.int64), torch.empty(len(x), dtype=torch.float32)))
+            points = (x.data_ptr(), _DTYPE[x.dtype], *x.shape, _row_stride(x))
+            problems.append((*points, means.data_ptr(), len(means), *(t.data_ptr() for t in nearest[-1])))
+        _C.assign(self.simd, problems, torch.get_num_threads())
+        return nearest
+
+    def update(
+        self, xs: list[Tensor], labels: list[Tensor], n_clusters: list[int], weights: list[Tensor | None]
+    ) -> list[Tensor]:
+        means = [torch.empty((k, x.shape[1]), dtype=torch.float32) for x, k in zip(xs, n_clusters, strict=True)]
+        for problem in zip(xs, labels, n_clusters, weights, means, strict=True):
+            self.merge_rows(*problem)
+        return means
 
     def merge_rows(self, x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None, out: Tensor) -> None:
-        offsets, members = _clusters(labels, n_clusters)
+        labels = labels.contiguous()
         _C.merge_rows(
             self.simd,
             x.data_ptr(),
             _DTYPE[x.dtype],
+            x.shape[0],
             x.shape[1],
             x.stride(0),
+            labels.data_ptr(),
             n_clusters,
-            offsets.data_ptr(),
-            members.data_ptr(),
             0 if weights is None else weights.data_ptr(),
             out.data_ptr(),
             _DTYPE[out.dtype],
@@ -98,7 +104,8 @@ class CpuBackend:
         )
 
     def merge_columns(self, x: Tensor, labels: Tensor, n_clusters: int, scale: Tensor | None, out: Tensor) -> None:
-        offsets, members = _clusters(labels, n_clusters)
+        labels = labels.contiguous()
+        scale = None if scale is None else scale.contiguous()
         _C.merge_columns(
             self.simd,
             x.data_ptr(),
@@ -106,10 +113,9 @@ class CpuBackend:
             x.shape[0],
             x.shape[1],
             x.stride(0),
+            labels.data_ptr(),
             n_clusters,
-            offsets.data_ptr(),
-            members.data_ptr(),
-            0 if scale is None else scale.contiguous().data_ptr(),
+            0 if scale is None else scale.data_ptr(),
             out.data_ptr(),
             _DTYPE[out.dtype],
             torch.get_num_threads(),
@@ -120,9 +126,5 @@ class CpuBackend:
         return None if index < 0 else index
 
 
-def _clusters(labels: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
-    """Compressed sparse rows of a partition: offsets (K + 1,) and the members of each cluster in ascending order."""
-    labels = labels.contiguous()
-    offsets, members = torch.empty(n_clusters + 1, dtype=torch.int64), torch.empty_like(labels)
-    _C.sort_labels(labels.data_ptr(), len(labels), n_clusters, offsets.data_ptr(), members.data_ptr())
-    return offsets, members
+def _row_stride(x: Tensor) -> int:
+    return x.stride(0) if x.shape[0] > 1 else x.shape[1]

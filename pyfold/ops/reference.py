@@ -1,28 +1,44 @@
-"""Plain torch: the definition of correct, on any device. Sums are fp64; nothing here is fast."""
+"""Plain torch: the definition of correct, on any device. Sums are fp64; nothing here is fast. Problems come in lists."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from pyfold.ops import Joins
 
 _THRESHOLD = 1e-6
 _ROUNDING = 1e-9
 
 
+def unavailable() -> None:
+    """Runs everywhere."""
+
+
+def _each(n_lists: int) -> Callable[[Callable[..., Any]], Callable[..., list[Any]]]:
+    """One problem -> a list of problems: the first ``n_lists`` arguments become lists, the others serve every problem."""
+
+    def listed(solve: Callable[..., Any]) -> Callable[..., list[Any]]:
+        @wraps(solve)
+        def all_of_them(*args: Any) -> list[Any]:
+            return [solve(*problem, *args[n_lists:]) for problem in zip(*args[:n_lists], strict=True)]
+
+        return all_of_them
+
+    return listed
+
+
+@_each(2)
 def gram(x: Tensor, out: Tensor, accumulate: bool, transposed: bool) -> None:
     rows = (x.T if transposed else x).double()
     product = rows @ rows.T
     out.copy_(out.double() + product if accumulate else product)
 
 
-def ward(gram: Tensor, n_clusters: int, weights: Tensor) -> Joins:
-    from pyfold.ops import Joins
-
+@_each(3)
+def ward(gram: Tensor, n_clusters: int, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n = gram.shape[0]
     w = weights.clone()
     g = gram.double()
@@ -41,25 +57,40 @@ def ward(gram: Tensor, n_clusters: int, weights: Tensor) -> Joins:
         w[b] += w[a]
         joins.append((a, b, height))
     lo, hi, heights = zip(*joins, strict=True) if joins else ((), (), ())
-    return Joins(
+    return (
         torch.tensor(lo, dtype=torch.int64, device=gram.device),
         torch.tensor(hi, dtype=torch.int64, device=gram.device),
         torch.tensor(heights, dtype=torch.float64, device=gram.device),
     )
 
 
+def _squared_distances(gram: Tensor, labels: Tensor, n_clusters: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """From every point to every centroid of a partition (N, K), and the weight of each cluster."""
+    g = gram.double()
+    member = torch.nn.functional.one_hot(labels, n_clusters).double() * weights[:, None]
+    mass = member.sum(0)
+    sums = g @ member
+    totals = (member * sums).sum(0)
+    return (g.diagonal()[:, None] - 2 * sums / mass + totals / mass**2).clamp_min(0), mass
+
+
+@_each(4)
+def lloyd(gram: Tensor, labels: Tensor, n_clusters: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+    distance, _ = _squared_distances(gram, labels, n_clusters, weights)
+    own = distance.gather(1, labels[:, None])[:, 0]
+    nearest = distance.min(1).values
+    first = (distance == nearest[:, None]).long().argmax(1)
+    return torch.where(nearest < own, first, labels), nearest.float()
+
+
+@_each(4)
 def hartigan(gram: Tensor, labels: Tensor, n_clusters: int, weights: Tensor, max_moves: int) -> tuple[Tensor, Tensor]:
     labels = labels.clone()
-    g = gram.double()
-    norms = g.diagonal()
+    norms = gram.diagonal().double()
     points = torch.arange(len(labels), device=labels.device)
     gains: list[float] = []
     while len(gains) < max_moves and n_clusters > 1:
-        member = torch.nn.functional.one_hot(labels, n_clusters).double() * weights[:, None]
-        mass = member.sum(0)
-        sums = g @ member
-        totals = (member * sums).sum(0)
-        distance = (norms[:, None] - 2 * sums / mass + totals / mass**2).clamp_min(0)
+        distance, mass = _squared_distances(gram, labels, n_clusters, weights)
         own = mass[labels]
         saved = weights * own / (own - weights) * distance[points, labels]
         entry = weights[:, None] * mass / (mass + weights[:, None]) * distance
@@ -72,7 +103,27 @@ def hartigan(gram: Tensor, labels: Tensor, n_clusters: int, weights: Tensor, max
             break
         gains.append(float(gain[best]))
         labels[best] = entry[best].argmin()
-    return labels, torch.tensor(gains, dtype=torch.float64)
+    return labels, torch.tensor(gains, dtype=torch.float64, device=labels.device)
+
+
+@_each(2)
+def assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    means = centroids.double()
+    labels, distances = [], []
+    for chunk in x.split(1024):
+        rows = chunk.double()
+        distance = rows.square().sum(1)[:, None] - 2 * rows @ means.T + means.square().sum(1)
+        nearest = distance.min(1).values
+        labels.append((distance == nearest[:, None]).long().argmax(1))
+        distances.append(nearest.clamp_min(0).float())
+    return torch.cat(labels), torch.cat(distances)
+
+
+@_each(4)
+def update(x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None) -> Tensor:
+    out = torch.empty((n_clusters, x.shape[1]), dtype=torch.float32, device=x.device)
+    merge_rows(x, labels, n_clusters, weights, out)
+    return out
 
 
 def merge_rows(x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None, out: Tensor) -> None:
