@@ -4,10 +4,10 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 HAS_VENV = $(PYTHON) -c 'import ensurepip, os, sysconfig; assert os.path.exists(sysconfig.get_path("include") + "/Python.h")'
 
-.PHONY: demo test bench format clean
+.PHONY: demo test sanitize bench format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -15,6 +15,10 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.built
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+# The kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; asks apt for clang where it is missing.
+sanitize: $(VENV)/.installed
+	tests/sanitize/run
 
 # By hand, on an idle machine: the tables of bench/results. About twenty minutes; BENCHES=inertia, all peers run out, an hour.
 BENCHES ?= gram clustering after_gram kmeans regimes merge

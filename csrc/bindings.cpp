@@ -16,6 +16,7 @@
 #endif
 #include "cpu/lloyd.h"
 #include "cpu/memory.h"
+#include "cpu/partition.h"
 
 namespace py = pybind11;
 using namespace pyfold;
@@ -119,22 +120,22 @@ std::vector<std::vector<double>> refine(const std::string& simd, const std::vect
     return gains;
 }
 
-void merge_rows(const std::string& simd, Address x, int in, int64_t d, int64_t ld, int64_t n_clusters, Address offsets,
-                Address members, Address weights, Address out, int to, int threads) {
+void merge_rows(const std::string& simd, Address x, int in, int64_t n, int64_t d, int64_t ld, Address labels,
+                int64_t n_clusters, Address weights, Address out, int to, int threads) {
     const Kernels& kernels = level(simd);
     py::gil_scoped_release release;
-    kernels.merge_rows(at<void>(x), static_cast<DType>(in), d, ld,
-                       Clusters{n_clusters, at<int64_t>(offsets), at<int64_t>(members)}, at<double>(weights), at<void>(out),
+    const Partition partition(at<int64_t>(labels), n, n_clusters);
+    kernels.merge_rows(at<void>(x), static_cast<DType>(in), d, ld, partition.clusters(), at<double>(weights), at<void>(out),
                        static_cast<DType>(to), threads);
 }
 
-void merge_columns(const std::string& simd, Address x, int in, int64_t h, int64_t n, int64_t ld, int64_t n_clusters,
-                   Address offsets, Address members, Address scale, Address out, int to, int threads) {
+void merge_columns(const std::string& simd, Address x, int in, int64_t h, int64_t n, int64_t ld, Address labels,
+                   int64_t n_clusters, Address scale, Address out, int to, int threads) {
     const Kernels& kernels = level(simd);
     py::gil_scoped_release release;
-    std::vector<float> scratch(2 * n + threads * (n + n_clusters));
-    kernels.merge_columns(at<void>(x), static_cast<DType>(in), h, n, ld,
-                          Clusters{n_clusters, at<int64_t>(offsets), at<int64_t>(members)}, at<float>(scale), at<void>(out),
+    const Partition partition(at<int64_t>(labels), n, n_clusters);
+    const Scratch scratch(kernels.merge_columns_scratch(n, n_clusters, threads));
+    kernels.merge_columns(at<void>(x), static_cast<DType>(in), h, n, ld, partition.clusters(), at<float>(scale), at<void>(out),
                           static_cast<DType>(to), scratch.data(), threads);
 }
 

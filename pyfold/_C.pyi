@@ -12,12 +12,12 @@ def ward(simd: str, problems: _Problems, threads: int, /) -> None: ...
 def lloyd(simd: str, problems: _Problems, threads: int, /) -> None: ...
 def hartigan(simd: str, problems: _Problems, max_moves: int, threads: int, /) -> list[list[float]]: ...
 def merge_rows(
-    simd: str, x: int, dtype: int, d: int, ld: int, n_clusters: int, offsets: int, members: int, weights: int, out: int,
-    to: int, threads: int, /,
+    simd: str, x: int, dtype: int, n: int, d: int, ld: int, labels: int, n_clusters: int, weights: int, out: int, to: int,
+    threads: int, /,
 ) -> None: ...  # fmt: skip
 def merge_columns(
-    simd: str, x: int, dtype: int, h: int, n: int, ld: int, n_clusters: int, offsets: int, members: int, scale: int,
-    out: int, to: int, threads: int, /,
+    simd: str, x: int, dtype: int, h: int, n: int, ld: int, labels: int, n_clusters: int, scale: int, out: int, to: int,
+    threads: int, /,
 ) -> None: ...  # fmt: skip
 def first_nonfinite(simd: str, x: int, dtype: int, count: int, threads: int, /) -> int: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import BACKENDS
 
 from pyfold import ops
 from pyfold.clustering import labels_of
@@ -126,6 +127,46 @@ def test_merges_match_reference(backend: str, dtype: torch.dtype, to: torch.dtyp
         expected = ops.merge_columns(columns, labels, k, scale=s, dtype=torch.float32, backend="reference")
         got = ops.merge_columns(columns, labels, k, scale=s, dtype=to, backend=backend)
         torch.testing.assert_close(got.float(), expected, **tolerance)
+
+
+def test_merges_past_the_caches_match_reference(backend: str) -> None:
+    """Results of more than 4 MiB, their rows at any place in a cache line."""
+    x = rows(1500, 2101, torch.float16)
+    labels = random_labels(1500, 1003)
+    for got, expected in (
+        (ops.merge_rows(x, labels, 1003, backend=backend), ops.merge_rows(x, labels, 1003, backend="reference")),
+        (
+            ops.merge_columns(x.T.contiguous(), labels, 1003, backend=backend),
+            ops.merge_columns(x.T.contiguous(), labels, 1003, backend="reference"),
+        ),
+    ):
+        assert got.numel() * got.itemsize > 4 << 20
+        torch.testing.assert_close(got, expected, rtol=torch.finfo(torch.float16).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merges_have_the_same_bits_at_every_level(dtype: torch.dtype) -> None:
+    x = rows(700, 333, dtype)
+    labels = torch.cat([random_labels(400, 301), torch.zeros(300, dtype=torch.int64)])  # one cluster past an fp32 block
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.rand(700, dtype=torch.float64, generator=generator) + 0.5
+    scale = torch.rand(700, generator=generator) + 0.5
+    merged = [
+        (
+            ops.merge_rows(x, labels, 301, weights=weights, backend=level),
+            ops.merge_columns(x.T.contiguous(), labels, 301, scale=scale, backend=level),
+        )
+        for level in BACKENDS
+    ]
+    for other in merged[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(merged[0], other, strict=True))
+
+
+def test_means_of_large_clusters_keep_their_accuracy(backend: str) -> None:
+    """One fp32 sum of 300,000 rows near 1 would be off by 1e-4 and more."""
+    x = rows(300_000, 2) * 0.01 + 1
+    mean = ops.merge_rows(x, torch.zeros(len(x), dtype=torch.int64), 1, backend=backend)
+    torch.testing.assert_close(mean[0].double(), x.double().mean(0), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -297,3 +338,12 @@ def test_assign_reads_strided_rows_and_gives_the_same_bits_on_any_number_of_thre
         got = ops.assign(x, centroids, backend=backend)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     torch.set_num_threads(2)
+
+
+def test_update_is_the_mean_of_a_million_points(backend: str) -> None:
+    x = torch.rand(1_000_000, 3) + 1
+    labels = torch.zeros(len(x), dtype=torch.int64)
+    labels[:7] = 1
+    means = ops.update(x, labels, 2, backend=backend)
+    expected = torch.stack([x[7:].double().mean(0), x[:7].double().mean(0)])
+    torch.testing.assert_close(means.double(), expected, rtol=1e-6, atol=0)

@@ -3,8 +3,10 @@
 
 #include "kernels.h"
 
-#if defined(PYFOLD_AMX)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(PYFOLD_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -24,6 +26,14 @@ bool amx_granted() {
 }
 #endif
 
+#if defined(__x86_64__)
+// clang knows no "f16c" in __builtin_cpu_supports before version 19.
+bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 bool runs(const char* level) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -37,8 +47,7 @@ bool runs(const char* level) {
     if (!strcmp(level, "avx512"))
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                __builtin_cpu_supports("avx512dq") && runs("avx2");
-    if (!strcmp(level, "avx2"))
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (!strcmp(level, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #endif
     return !strcmp(level, "baseline");
 }

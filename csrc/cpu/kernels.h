@@ -58,8 +58,9 @@ struct Kernels {
     // Weighted mean of each cluster's rows: x (N, D) -> out (K, D). weights may be null.
     void (*merge_rows)(const void* x, DType in, int64_t d, int64_t ld, const Clusters& clusters, const double* weights,
                        void* out, DType to, int threads);
-    // Sum of each cluster's scaled columns: x (H, N) -> out (H, K). scale may be null. scratch: 2 N + threads * (N + K) floats.
-    // N < 2^31.
+    // Floats of scratch, aligned to 64 bytes, that `merge_columns` needs.
+    int64_t (*merge_columns_scratch)(int64_t n, int64_t n_clusters, int threads);
+    // Sum of each cluster's scaled columns: x (H, N) -> out (H, K). scale may be null.
     void (*merge_columns)(const void* x, DType in, int64_t h, int64_t n, int64_t ld, const Clusters& clusters,
                           const float* scale, void* out, DType to, float* scratch, int threads);
     // Index of the first NaN or infinity in x, or -1.

@@ -12,11 +12,13 @@ void segment_sum(const float*, const Clusters&, const double*, double*);
 void cheapest(const double*, const double*, const double*, int64_t, int64_t, double, double, double*, double*, int64_t*);
 void nearest(const double*, const double*, const double*, int64_t, int64_t, double, double*, int64_t*);
 void merge_rows(const void*, DType, int64_t, int64_t, const Clusters&, const double*, void*, DType, int);
+int64_t merge_columns_scratch(int64_t, int64_t, int);
 void merge_columns(const void*, DType, int64_t, int64_t, int64_t, const Clusters&, const float*, void*, DType, float*, int);
 int64_t first_nonfinite(const void*, DType, int64_t, int);
 
-const Kernels kernels = {&products, mirror,  ward,       sum_rows,      segment_sum,
-                         cheapest,  nearest, merge_rows, merge_columns, first_nonfinite};
+const Kernels kernels = {
+    &products,     mirror,         ward, sum_rows, segment_sum, cheapest, nearest, merge_rows, merge_columns_scratch,
+    merge_columns, first_nonfinite};
 
 }  // namespace PYFOLD_SIMD
 }  // namespace pyfold

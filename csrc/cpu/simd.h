@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -31,6 +31,7 @@ constexpr int kLanes = 4;
 
 typedef float vfloat __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vint __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t vhalf __attribute__((vector_size(2 * kLanes)));
 
 inline vfloat load(const float* p) {
     vfloat v;
@@ -41,6 +42,8 @@ inline vfloat load(const float* p) {
 inline void store(float* p, vfloat v) { memcpy(p, &v, sizeof v); }
 
 inline vfloat splat(float x) { return x - vfloat{}; }
+
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline float bits_to_float(uint32_t u) {
     float f;
@@ -86,62 +89,94 @@ inline uint16_t float_to_bf16(float f) {
     return static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
+// kLanes elements of any dtype starting at element `at` -> fp32.
+inline vfloat read_vector(const void* x, DType dtype, int64_t at) {
+    if (dtype == DType::f32) return load(static_cast<const float*>(x) + at);
+    const uint16_t* p = static_cast<const uint16_t*>(x) + at;
+    if (dtype == DType::bf16) {
+        vhalf v;
+        memcpy(&v, p, sizeof v);
+        return reinterpret_cast<vfloat>(__builtin_convertvector(v, vint) << 16);
+    }
+#if defined(__AVX512F__)
+    return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    vfloat v;
+    for (int i = 0; i < kLanes; i++) v[i] = half_to_float(p[i]);
+    return v;
+#endif
+}
+
+// fp32 -> kLanes elements of any dtype starting at element `at`, rounding to nearest even.
+inline void write_vector(vfloat v, void* x, DType dtype, int64_t at) {
+    if (dtype == DType::f32) return store(static_cast<float*>(x) + at, v);
+    uint16_t* p = static_cast<uint16_t*>(x) + at;
+    if (dtype == DType::bf16) {
+        const vint u = reinterpret_cast<vint>(v);
+        const vint rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+        const vhalf h = __builtin_convertvector((u & 0x7fffffff) > 0x7f800000 ? vint{} + 0x7fc0 : rounded, vhalf);
+        memcpy(p, &h, sizeof h);
+        return;
+    }
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, v, 0));
+#elif defined(__F16C__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0));
+#else
+    for (int i = 0; i < kLanes; i++) p[i] = float_to_half(v[i]);
+#endif
+}
+
 // `count` elements of any dtype starting at element `at` -> fp32.
 inline void read_floats(const void* x, DType dtype, int64_t at, int64_t count, float* out) {
-    if (dtype == DType::f32) {
-        memcpy(out, static_cast<const float*>(x) + at, sizeof(float) * count);
-        return;
-    }
-    const uint16_t* p = static_cast<const uint16_t*>(x) + at;
     int64_t i = 0;
-    if (dtype == DType::bf16) {
-        for (; i < count; i++) out[i] = bf16_to_float(p[i]);
-        return;
-    }
-#if defined(__F16C__)
-    for (; i + 8 <= count; i += 8)
-        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
-#endif
-    for (; i < count; i++) out[i] = half_to_float(p[i]);
+    for (; i + kLanes <= count; i += kLanes) store(out + i, read_vector(x, dtype, at + i));
+    if (dtype == DType::f32)
+        for (; i < count; i++) out[i] = static_cast<const float*>(x)[at + i];
+    else
+        for (; i < count; i++) {
+            const uint16_t h = static_cast<const uint16_t*>(x)[at + i];
+            out[i] = dtype == DType::f16 ? half_to_float(h) : bf16_to_float(h);
+        }
 }
 
 // fp32 -> `count` elements of any dtype starting at element `at`, rounding to nearest even.
 inline void write_floats(const float* in, int64_t count, void* x, DType dtype, int64_t at) {
-    if (dtype == DType::f32) {
-        memcpy(static_cast<float*>(x) + at, in, sizeof(float) * count);
-        return;
-    }
-    uint16_t* p = static_cast<uint16_t*>(x) + at;
     int64_t i = 0;
-    if (dtype == DType::bf16) {
-        for (; i < count; i++) p[i] = float_to_bf16(in[i]);
-        return;
-    }
-#if defined(__F16C__)
-    for (; i + 8 <= count; i += 8)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), 0));
-#endif
-    for (; i < count; i++) p[i] = float_to_half(in[i]);
+    for (; i + kLanes <= count; i += kLanes) write_vector(load(in + i), x, dtype, at + i);
+    if (dtype == DType::f32)
+        for (; i < count; i++) static_cast<float*>(x)[at + i] = in[i];
+    else
+        for (; i < count; i++)
+            static_cast<uint16_t*>(x)[at + i] = dtype == DType::f16 ? float_to_half(in[i]) : float_to_bf16(in[i]);
 }
 
-// out[i] = table[index[i]]; compilers leave this loop scalar.
-inline void gather(const float* table, const int32_t* index, int64_t count, float* out) {
-    int64_t i = 0;
-#if defined(__AVX512F__)
-    const __m512 none = _mm512_setzero_ps();
-    for (; i + 16 <= count; i += 16)
-        _mm512_storeu_ps(out + i, _mm512_mask_i32gather_ps(none, 0xffff, _mm512_loadu_si512(index + i), table, 4));
-#elif defined(__AVX2__)
-    for (; i + 8 <= count; i += 8)
-        _mm256_storeu_ps(out + i,
-                         _mm256_i32gather_ps(table, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index + i)), 4));
+constexpr int64_t item_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// Copies past the caches: a result that no core reads soon need not first be read into one. Ends with stream_fence().
+inline void stream(void* out, const void* from, int64_t bytes) {
+    char* to = static_cast<char*>(out);
+    const char* p = static_cast<const char*>(from);
+#if defined(__SSE2__)
+    const int64_t head = min_of(-reinterpret_cast<intptr_t>(to) & 63, bytes);
+    memcpy(to, p, head);
+    int64_t i = head;
+    for (; i + 64 <= bytes; i += 64)
+        for (int64_t k = i; k < i + 64; k += 16)
+            _mm_stream_si128(reinterpret_cast<__m128i*>(to + k), _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + k)));
+    memcpy(to + i, p + i, bytes - i);
+#else
+    memcpy(to, p, bytes);
 #endif
-    for (; i < count; i++) out[i] = table[index[i]];
 }
 
-inline int64_t item_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
-inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline void stream_fence() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
 
 }  // namespace
 }  // namespace PYFOLD_SIMD

@@ -87,16 +87,16 @@ class CpuBackend:
         return means
 
     def merge_rows(self, x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None, out: Tensor) -> None:
-        offsets, members = _clusters(labels, n_clusters)
+        labels = labels.contiguous()
         _C.merge_rows(
             self.simd,
             x.data_ptr(),
             _DTYPE[x.dtype],
+            x.shape[0],
             x.shape[1],
             x.stride(0),
+            labels.data_ptr(),
             n_clusters,
-            offsets.data_ptr(),
-            members.data_ptr(),
             0 if weights is None else weights.data_ptr(),
             out.data_ptr(),
             _DTYPE[out.dtype],
@@ -104,7 +104,8 @@ class CpuBackend:
         )
 
     def merge_columns(self, x: Tensor, labels: Tensor, n_clusters: int, scale: Tensor | None, out: Tensor) -> None:
-        offsets, members = _clusters(labels, n_clusters)
+        labels = labels.contiguous()
+        scale = None if scale is None else scale.contiguous()
         _C.merge_columns(
             self.simd,
             x.data_ptr(),
@@ -112,10 +113,9 @@ class CpuBackend:
             x.shape[0],
             x.shape[1],
             x.stride(0),
+            labels.data_ptr(),
             n_clusters,
-            offsets.data_ptr(),
-            members.data_ptr(),
-            0 if scale is None else scale.contiguous().data_ptr(),
+            0 if scale is None else scale.data_ptr(),
             out.data_ptr(),
             _DTYPE[out.dtype],
             torch.get_num_threads(),
@@ -124,13 +124,6 @@ class CpuBackend:
     def first_nonfinite(self, x: Tensor) -> int | None:
         index = _C.first_nonfinite(self.simd, x.data_ptr(), _DTYPE[x.dtype], x.numel(), torch.get_num_threads())
         return None if index < 0 else index
-
-
-def _clusters(labels: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
-    """Compressed sparse rows of a partition: offsets (K + 1,) and the members of each cluster in ascending order."""
-    offsets = torch.zeros(n_clusters + 1, dtype=torch.int64)
-    torch.cumsum(torch.bincount(labels, minlength=n_clusters), 0, out=offsets[1:])
-    return offsets, torch.argsort(labels, stable=True)
 
 
 def _row_stride(x: Tensor) -> int:
