@@ -196,7 +196,11 @@ def _parser() -> argparse.ArgumentParser:
     fold.add_argument("--dtype", default="keep", help="keep (default), float32, float16 or bfloat16")
     fold.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights, as in 5GB (default)")
     fold.add_argument("--overwrite", action="store_true", help="replace the checkpoint at DST once the new one is complete")
-    fold.add_argument("--backend", default="auto", help="auto (default), cpu, cpu:LEVEL (avx512, avx2, baseline) or reference")
+    fold.add_argument(
+        "--backend",
+        default="auto",
+        help="auto (default), cpu, cpu:LEVEL (amx, avx512bf16, avx512, avx2, baseline) or reference",
+    )
     _common_options(fold)
     fold.set_defaults(run=_fold)
 
