@@ -163,9 +163,14 @@ inline void stream(void* out, const void* from, int64_t bytes) {
     const int64_t head = min_of(-reinterpret_cast<intptr_t>(to) & 63, bytes);
     memcpy(to, p, head);
     int64_t i = head;
-    for (; i + 64 <= bytes; i += 64)
+    for (; i + 64 <= bytes; i += 64) {
+#if defined(__AVX512F__)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(p + i));
+#else
         for (int64_t k = i; k < i + 64; k += 16)
             _mm_stream_si128(reinterpret_cast<__m128i*>(to + k), _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + k)));
+#endif
+    }
     memcpy(to + i, p + i, bytes - i);
 #else
     memcpy(to, p, bytes);
