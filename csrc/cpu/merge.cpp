@@ -73,8 +73,8 @@ void merge_rows(const void* x, DType in, int64_t d, int64_t ld, const Clusters& 
         const int64_t count = clusters.offsets[c + 1] - clusters.offsets[c];
         largest = count > largest ? count : largest;
     }
-    // Rows are cut into so many parts that no task is more than a quarter of a thread's share, but none under 32 columns.
-    const int64_t wanted = (4 * threads * largest + n - 1) / n;
+    // Rows are cut into so many parts that no task is more than a thread's share, but none under 32 columns.
+    const int64_t wanted = (threads * largest + n - 1) / n;
     const int64_t part = ((d + wanted - 1) / wanted + 31) / 32 * 32, n_parts = (d + part - 1) / part;
     const int batch = n_parts == 1 ? static_cast<int>(min_of(8, 1 + n_clusters / (8 * threads))) : 1;
 #pragma omp parallel num_threads(threads)
