@@ -347,3 +347,34 @@ def test_update_is_the_mean_of_a_million_points(backend: str) -> None:
     means = ops.update(x, labels, 2, backend=backend)
     expected = torch.stack([x[7:].double().mean(0), x[:7].double().mean(0)])
     torch.testing.assert_close(means.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("d", [64, 600])
+def test_assign_decides_near_ties(d: int, backend: str) -> None:
+    """Centroids closer to each other than the error of coarse products, and one so far away that its own error is large."""
+    x = rows(1, d) * (1 + 2e-3 * rows(300, d, seed=1))
+    centroids = rows(1, d) * (1 + 2e-3 * rows(200, d, seed=2))
+    centroids[70] *= 100
+    distance = torch.cdist(x.double(), centroids.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    labels, _ = ops.assign(x, centroids, backend=backend)
+    excess = distance.gather(1, labels[:, None])[:, 0] - distance.min(1).values
+    limit = 1e-8 if backend == "cpu:amx" else 2e-6  # coarse products without the decision: 2e-6 to 4e-6
+    assert float(excess.max()) <= limit * float(x.double().square().sum(1).max())
+
+
+def test_assign_of_tiny_points(backend: str) -> None:
+    labels, _ = ops.assign(torch.tensor([[1e-20]]), torch.tensor([[-0.5e-20], [1e-20]]), backend=backend)
+    assert labels.tolist() == [1]
+
+
+def test_results_are_on_the_cpu_whatever_the_default_device(backend: str) -> None:
+    x, labels = rows(9, 4), torch.arange(9) % 3
+    expected = ops.assign(x, x[:3].contiguous(), backend=backend)
+    g = ops.gram(x)
+    joins = ops.ward(g, 3, backend=backend)
+    with torch.device("meta"):
+        got = ops.assign(x, x[:3].contiguous(), backend=backend)
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(ops.update(x, labels, 3, backend=backend), ops.merge_rows(x, labels, 3, backend=backend))
+        weights = torch.ones(9, dtype=torch.float64, device="cpu")
+        assert all(torch.equal(a, b) for a, b in zip(ops.ward(g, 3, weights=weights, backend=backend), joins, strict=True))

@@ -42,8 +42,8 @@ class CpuBackend:
     def ward(self, grams: list[Tensor], n_clusters: list[int], weights: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
         problems, joins = [], []
         for g, k, w in zip(grams, n_clusters, weights, strict=True):
-            lo = torch.empty(len(g) - k, dtype=torch.int64)
-            joins.append((lo, torch.empty_like(lo), torch.empty(len(lo), dtype=torch.float64)))
+            lo = torch.empty(len(g) - k, dtype=torch.int64, device="cpu")
+            joins.append((lo, torch.empty_like(lo), torch.empty(len(lo), dtype=torch.float64, device="cpu")))
             problems.append((g.data_ptr(), len(g), k, w.data_ptr(), *(t.data_ptr() for t in joins[-1])))
         _C.ward(self.simd, problems, torch.get_num_threads())
         return joins
@@ -53,7 +53,7 @@ class CpuBackend:
     ) -> list[tuple[Tensor, Tensor]]:
         problems, moved = [], []
         for g, given, k, w in zip(grams, labels, n_clusters, weights, strict=True):
-            moved.append((torch.empty_like(given), torch.empty(len(g), dtype=torch.float32)))
+            moved.append((torch.empty_like(given), torch.empty(len(g), dtype=torch.float32, device="cpu")))
             problems.append((g.data_ptr(), len(g), k, given.data_ptr(), w.data_ptr(), *(t.data_ptr() for t in moved[-1])))
         _C.lloyd(self.simd, problems, torch.get_num_threads())
         return moved
@@ -67,12 +67,16 @@ class CpuBackend:
             for g, moved, k, w in zip(grams, refined, n_clusters, weights, strict=True)
         ]
         gains = _C.hartigan(self.simd, problems, max_moves, torch.get_num_threads())
-        return [(moved, torch.tensor(gain, dtype=torch.float64)) for moved, gain in zip(refined, gains, strict=True)]
+        return [
+            (moved, torch.tensor(gain, dtype=torch.float64, device="cpu")) for moved, gain in zip(refined, gains, strict=True)
+        ]
 
     def assign(self, xs: list[Tensor], centroids: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         problems, nearest = [], []
         for x, means in zip(xs, centroids, strict=True):
-            nearest.append((torch.empty(len(x), dtype=torch.int64), torch.empty(len(x), dtype=torch.float32)))
+            nearest.append(
+                (torch.empty(len(x), dtype=torch.int64, device="cpu"), torch.empty(len(x), dtype=torch.float32, device="cpu"))
+            )
             points = (x.data_ptr(), _DTYPE[x.dtype], *x.shape, _row_stride(x))
             problems.append((*points, means.data_ptr(), len(means), *(t.data_ptr() for t in nearest[-1])))
         _C.assign(self.simd, problems, torch.get_num_threads())
@@ -81,7 +85,7 @@ class CpuBackend:
     def update(
         self, xs: list[Tensor], labels: list[Tensor], n_clusters: list[int], weights: list[Tensor | None]
     ) -> list[Tensor]:
-        means = [torch.empty((k, x.shape[1]), dtype=torch.float32) for x, k in zip(xs, n_clusters, strict=True)]
+        means = [torch.empty((k, x.shape[1]), dtype=torch.float32, device="cpu") for x, k in zip(xs, n_clusters, strict=True)]
         for problem in zip(xs, labels, n_clusters, weights, means, strict=True):
             self.merge_rows(*problem)
         return means
