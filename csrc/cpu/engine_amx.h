@@ -142,8 +142,9 @@ void pack(const void* x, DType dtype, Precision precision, int64_t n, int64_t ld
         for (int64_t r = 0; r < kBlock; r++) split(lines[r], padded, scheme.n_parts, parts[r]);
     } else {
         for (int64_t r = 0; r < kBlock; r++) {
-            memset(line, 0, sizeof line);
-            if (r < points) read_floats(x, dtype, (first + r) * ld + column, width, line);
+            const int64_t read = r < points ? width : 0;
+            if (read) read_floats(x, dtype, (first + r) * ld + column, width, line);
+            memset(line + read, 0, sizeof(float) * (padded - read));
             split(line, padded, scheme.n_parts, parts[r]);
         }
     }
