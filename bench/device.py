@@ -89,7 +89,8 @@ def lines_of(tables: dict[str, list[Row]]) -> list[str]:
 
 
 def _run_stage(stage: str, out: Path, limit: float) -> str:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'bench'}", "PYTHONUNBUFFERED": "1"}
+    paths = [str(ROOT), str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]  # the caller's may hold the peers
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, __file__, "--one", stage, "--out", str(out.resolve())]
     # A session of its own, so that what the stage started ends with it.
     process = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True)

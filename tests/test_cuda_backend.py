@@ -229,6 +229,25 @@ def test_merge_columns_on_chips_with_less_shared_memory(monkeypatch: pytest.Monk
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_first_nonfinite(dtype: torch.dtype, bad: float) -> None:
+    x = rows(50, 33, dtype)
+    assert cuda.first_nonfinite(x) is None
+    x[17, 5] = x[40, 1] = bad
+    assert cuda.first_nonfinite(x) == 17 * 33 + 5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merge_rows_into_memory_that_is_not_aligned(dtype: torch.dtype) -> None:
+    x, labels = rows(40, 16, dtype), random_labels(40, 10)
+    expected = torch.empty(10, 16, dtype=dtype)
+    cuda.merge_rows(x, labels, 10, None, expected)
+    got = torch.empty(161, dtype=dtype)[1:].view(10, 16)
+    cuda.merge_rows(x, labels, 10, None, got)
+    assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_clusters_of_one_keep_their_bits(dtype: torch.dtype) -> None:
     x = rows(50, 24, dtype)

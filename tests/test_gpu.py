@@ -69,9 +69,11 @@ def test_gram(backend: str, dtype: torch.dtype, n: int, d: int, transposed: bool
     norms = expected.diagonal().sqrt()
     scale = (norms[:, None] * norms[None, :]).clamp_min(1e-30)
     assert torch.equal(out, out.T)
-    assert float(((out - expected) / scale).abs().max()) < 3e-6, "fp32 sums; TF32 would be off by 3e-4"
+    # Tensor cores add 16 products at a time and truncate: up to an ulp each, all of one sign in a sum of squares.
+    allowed = 3e-6 + (0 if dtype == torch.float32 else d * 2**-27)
+    assert float(((out - expected) / scale).abs().max()) < allowed, "fp32 sums; TF32 would be off by 3e-4"
     ops.gram(stored, out=out, accumulate=True, transposed=transposed, backend=backend)
-    assert float(((out - 2 * expected) / scale).abs().max()) < 6e-6
+    assert float(((out - 2 * expected) / scale).abs().max()) < 2 * allowed
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -24,7 +24,8 @@ from pyfold.ops.triton import tiles
 
 ARCHS = (80, 90, 100)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SHAPES = {(1200, 1024, 128): ARCHS, (600, 300, 576): (90,), (40, 5, 3): (90,)}  # one panel of features, several, odd rows
+# One panel of features, several, odd rows, and ones, which a launch on a GPU makes constants of the kernel.
+SHAPES = {(1200, 1024, 128): ARCHS, (600, 300, 576): (90,), (40, 5, 3): (90,), (1, 1, 1): (90,)}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64", torch.int32: "*i32",
@@ -62,8 +63,10 @@ def compiled(kernel: JITFunction[Any], arguments: dict[str, Any], arch: int) -> 
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = TYPES[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or value == 1:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
         else:
-            signature[parameter.name] = "constexpr" if parameter.is_constexpr else "i32"
+            signature[parameter.name] = "i32"
     options = {name: arguments[name] for name in OPTIONS if arguments.get(name) is not None}
     result = triton.compile(
         ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
@@ -98,7 +101,9 @@ def main() -> None:
                 for kernel, arguments in launches(*shape, dtype):
                     kinds = {name: getattr(value, "dtype", value) for name, value in arguments.items()}
                     variant = [
-                        str(kinds[p.name]) for p in kernel.params if p.is_constexpr or not isinstance(kinds[p.name], int)
+                        str(kinds[p.name])
+                        for p in kernel.params
+                        if p.is_constexpr or not isinstance(kinds[p.name], int) or kinds[p.name] == 1
                     ]
                     key = (kernel.fn.__name__, arch, *variant)
                     if key not in seen:

@@ -134,7 +134,7 @@ cudaError_t merge_rows(const void* x, DType in, int64_t d, int64_t ld, const Seg
     return with_dtype(x, in, [&](auto* rows) {
         using In = std::remove_const_t<std::remove_pointer_t<decltype(rows)>>;
         constexpr int kWide = 16 / sizeof(In);
-        if (aligned(rows, 16) && ld % kWide == 0 && d % kWide == 0)
+        if (aligned(rows, 16) && aligned(out, 16) && ld % kWide == 0 && d % kWide == 0)
             return launch_rows<In, kWide>(rows, d, ld, clusters, weights, out, to, stream);
         return launch_rows<In, 1>(rows, d, ld, clusters, weights, out, to, stream);
     });

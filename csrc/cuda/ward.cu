@@ -273,18 +273,28 @@ __device__ void update_chunk(const State& s, int row, int chunk) {
 
 // Rows whose neighbour died become stale; the keys of the next round are counted.
 __device__ void take_stock(const State& s, int round) {
-    const int thread = static_cast<int>(blockIdx.x) * kThreads + threadIdx.x, step = static_cast<int>(gridDim.x) * kThreads;
-    for (int row = thread; row < s.n_rows; row += step) {
-        const int task = s.task_of[row], role = s.role[row], near = s.near[row];
-        if (role == kDead || role > row || joins_to_go(s, task) <= 0) continue;
-        const unsigned key = s.key[row];
-        const int bucket = bucket_of(key - s.least[2 * task + (round & 1)]);
-        const bool stale = near < 0 || role >= 0 || s.role[near] >= 0;
-        if (stale) s.near[row] = kStale;
-        atomicAdd(&s.of_all[task * kBuckets + bucket], 1);
-        if (stale) atomicAdd(&s.of_stale[task * kBuckets + bucket], 1);
-        atomicMin(&s.least[2 * task + ((round + 1) & 1)], key);
-        *s.active = 1;
+    const int lane = threadIdx.x % 32, step = static_cast<int>(gridDim.x) * kThreads;
+    for (int begin = static_cast<int>(blockIdx.x) * kThreads + threadIdx.x - lane; begin < s.n_rows; begin += step) {
+        const int row = begin + lane, task = s.task_of[min(row, s.n_rows - 1)];
+        const int role = row < s.n_rows ? s.role[row] : kDead;
+        const bool counts = role != kDead && role <= row && joins_to_go(s, task) > 0;
+        const unsigned key = counts ? s.key[row] : kFull;
+        if (counts) {
+            const int bucket = bucket_of(key - s.least[2 * task + (round & 1)]), near = s.near[row];
+            const bool stale = near < 0 || role >= 0 || s.role[near] >= 0;
+            if (stale) s.near[row] = kStale;
+            atomicAdd(&s.of_all[task * kBuckets + bucket], 1);
+            if (stale) atomicAdd(&s.of_stale[task * kBuckets + bucket], 1);
+            *s.active = 1;
+        }
+        // All rows of a problem want this one word, and atomics on a word take turns: one a warp.
+        unsigned* const least = &s.least[2 * task + ((round + 1) & 1)];
+        if (__all_sync(kFull, task == s.task_of[begin])) {
+            const unsigned lowest = __reduce_min_sync(kFull, key);
+            if (lane == 0 && lowest != kFull) atomicMin(least, lowest);
+        } else if (counts) {
+            atomicMin(least, key);
+        }
     }
 }
 
