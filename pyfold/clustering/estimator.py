@@ -15,6 +15,7 @@ try:
 except ImportError as error:
     raise ImportError(f"pyfold.KMeans needs scikit-learn >= 1.6 ({error}); run pip install 'pyfold[sklearn]'") from None
 
+from pyfold.clustering.differences import squared_distances
 from pyfold.clustering.kmeans import kmeans, nearest
 from pyfold.clustering.problems import tensor_of
 
@@ -98,7 +99,8 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
 
     def predict(self, X: Any) -> Any:
         """Index of the nearest center of each point."""
-        return self._nearest(self._points(X))[0].numpy()
+        points = self._points(X)
+        return nearest(points, self._centers(torch.float64), self.backend).numpy()
 
     def transform(self, X: Any) -> Any:
         """(N, K) Euclidean distances to the centers, in the dtype of ``X``."""
@@ -112,7 +114,8 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Minus the inertia of ``X`` with the nearest centers."""
         points = self._points(X)
-        distances = self._nearest(points)[1].numpy()
+        centers = self._centers(torch.float64)
+        distances = squared_distances(points, nearest(points, centers, self.backend), centers).numpy()
         return -float(np.sum(distances if sample_weight is None else distances * _weights(sample_weight, points.numpy())))
 
     def _points(self, X: Any) -> Tensor:
@@ -121,9 +124,6 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
 
     def _centers(self, dtype: torch.dtype) -> Tensor:
         return tensor_of("cluster_centers_", self.cluster_centers_).to(dtype)
-
-    def _nearest(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        return nearest(points, self._centers(torch.float64), self.backend)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -159,6 +159,7 @@ def _problem(array: Any, n_clusters: Any, weights: Any, init: Any) -> Given:
         if bool((weights == 0).any()):
             kept = weights.nonzero().flatten()
             x, weights = every[kept], weights[kept]
+            magnitude = largest(x)
     check_count(n_clusters, len(x), "points" if kept is None else "points of positive weight")
     if init is not None:
         init = _on("init", tensor_of("init", init), every).to(torch.float64)
@@ -166,7 +167,6 @@ def _problem(array: Any, n_clusters: Any, weights: Any, init: Any) -> Given:
             raise ValueError(f"init: expected centroids of shape {(n_clusters, x.shape[1])}, got {tuple(init.shape)}")
         if not math.isfinite(largest(init)):
             raise ValueError("init: expected finite values")
-        magnitude = max(magnitude, largest(init))
     return Given(x, int(n_clusters), weights, init, magnitude, every, kept, isinstance(array, np.ndarray))
 
 
