@@ -1,7 +1,7 @@
 """Distances from differences of points, for what fp32 inner products cannot see.
 
-‖a‖² + ‖b‖² − 2 a·b is wrong by about 1e-7 of the squared norms. Where points lie in tight groups far from the origin, and no one
-origin is near to all groups, that is more than the distances within a group, and only Σ (a − b)² tells its clusters apart.
+‖a‖² + ‖b‖² − 2 a·b is wrong by about 1e-7 of the squared norms. Where points lie in tight groups far from the origin, and no
+one origin is near to all groups, that is more than the distances within a group: only Σ (a − b)² tells its clusters apart.
 """
 
 from __future__ import annotations

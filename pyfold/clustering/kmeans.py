@@ -128,8 +128,16 @@ def kmeans(
     Notes
     -----
     Which regime a call takes, and why: :func:`pyfold.explain`. An empty cluster gets the point that is farthest from its
-    centroid; duplicates are split only where there are fewer distinct points than clusters. The same call gives the same
-    bits on every run of one backend, on any number of threads.
+    centroid; duplicates are split only where there are fewer distinct points than clusters.
+
+    The same call gives the same bits on every run of one backend, on any number of threads, as long as it takes the same
+    regime: where the Gram matrix does not fit the memory that is free, it takes the other (``regime`` of the result says
+    which; init "ward" or refine "hartigan" pins G, and raises where it does not fit).
+
+    Ward, the default, costs O(N² (D + 1)) and 4 N² bytes: made for folding, where K is a large share of N. For few clusters of
+    many points (N = 8000, D = 2, K = 8: 2 s against 0.05 s), init "k-means++" is the one to take.
+
+    Points are told apart as far as fp32, after centring, represents them: 1e-7 of their reach.
     """
     kind = check_options(init, refine, n_init, max_iter, tol, seed)
     given, form = read(x, n_clusters, weights, init)
@@ -188,8 +196,14 @@ def _solve(given: list[Given], run: _Run) -> list[KMeansResult]:
             if drowned(one.inertia, mass * d * f.variance, (n - k) / n):
                 blurred.append(i)
     if blurred:
-        some = [[values[i] for i in blurred] for values in (framed, ks, starts)]
-        again = _best(some[0], some[1], None if ws is None else [ws[i] for i in blurred], some[2], run, sharp=True)
+        again = _best(
+            [framed[i] for i in blurred],
+            [ks[i] for i in blurred],
+            None if ws is None else [ws[i] for i in blurred],
+            [starts[i] for i in blurred],
+            run,
+            sharp=True,
+        )
         for i, one in zip(blurred, again, strict=True):
             best[i] = min(best[i], one, key=lambda found: found.inertia)
     name = regime.backend_of(run.regime, run.backend, given[0].x.device)
