@@ -192,8 +192,9 @@ def _solve(given: list[Given], run: _Run) -> list[KMeansResult]:
     if run.regime == "gram" or run.init == "k-means++":
         for i, (f, one, k) in enumerate(zip(framed, best, ks, strict=True)):
             n, d = f.y.shape
-            mass = n if ws is None else total(ws[i])
-            if drowned(one.inertia, mass * d * f.variance, (n - k) / n):
+            unit = 1.0 if ws is None else float(ws[i].max())
+            mass = n if ws is None else total(ws[i] / unit)
+            if drowned(one.inertia / unit, mass * d * f.variance, (n - k) / n):
                 blurred.append(i)
     if blurred:
         again = _best(
