@@ -256,6 +256,7 @@ def test_bad_points_say_what_is_wrong() -> None:
         (TypeError, "either x= .* or gram=", {"x": x, "gram": ops.gram(x), "n_clusters": 2}),
         (ValueError, "got nan at row 3", {"x": bad, "n_clusters": 2}),
         (ValueError, "n_clusters: expected 1 to 5", {"x": x, "n_clusters": 6}),
+        (TypeError, "n_clusters: expected an integer, got 4.0", {"x": x, "n_clusters": 4.0}),
         (ValueError, "expected a non-empty matrix", {"x": torch.randn(3), "n_clusters": 2}),
         (TypeError, "got torch.int64", {"x": torch.ones(3, 3).long(), "n_clusters": 2}),
         (ValueError, "scale the features", {"x": x * 1e16, "n_clusters": 2}),

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyfold
+from pyfold.clustering.differences import settle, sharpened, squared_distances
 from pyfold.clustering.partition import canonical, fill_empty
 from pyfold.clustering.regime import RATES, Problem, choose, estimate
 
@@ -86,7 +87,8 @@ def test_numpy_in_numpy_out(dtype: type) -> None:
     frozen = x.copy()
     frozen.flags.writeable = False
     expected = pyfold.kmeans(torch.from_numpy(x), 9)
-    for given_x in (x, frozen, np.asfortranarray(x), np.ascontiguousarray(x[::-1])[::-1]):
+    swapped = x.astype(np.dtype(dtype).newbyteorder())
+    for given_x in (x, frozen, np.asfortranarray(x), np.ascontiguousarray(x[::-1])[::-1], swapped):
         result = pyfold.kmeans(given_x, 9)
         assert isinstance(result.labels, np.ndarray)
         assert result.labels.dtype == np.int64
@@ -119,7 +121,7 @@ def test_lists_and_batches_are_the_problems_one_by_one(init: str | None, refine:
 
 @pytest.mark.parametrize(("init", "refine"), WAYS)
 def test_same_bits_on_one_and_two_threads_and_on_every_run(init: str | None, refine: str | None) -> None:
-    """Large enough for torch to split its own work between threads."""
+    """Large enough for torch to split work over many rows between threads; a single row is the next test's."""
     x, _ = blobs(2500 if init in ("k-means++", "random") and refine == "lloyd" else 1500, 16, 40, spread=1.0)
     results = []
     before = torch.get_num_threads()
@@ -135,6 +137,23 @@ def test_same_bits_on_one_and_two_threads_and_on_every_run(init: str | None, ref
         assert torch.equal(result.labels, expected.labels)
         assert torch.equal(result.centroids, expected.centroids)
         assert (result.inertia, result.n_iter) == (expected.inertia, expected.n_iter)
+
+
+@pytest.mark.parametrize(("n", "d", "k"), [(300, 256, 4), (11, 100_000, 3)], ids=["regime", "one row a chunk"])
+def test_same_bits_where_threads_could_tell(n: int, d: int, k: int) -> None:
+    """Shapes at which more threads make G the cheaper way, and whose rows torch sums one at a time."""
+    x = normal(n, d)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(pyfold.kmeans(x, k, init="k-means++"))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert (result.regime, result.refine, result.inertia) == (results[0].regime, results[0].refine, results[0].inertia)
+        assert torch.equal(result.labels, results[0].labels)
 
 
 @settings(max_examples=30, deadline=None)
@@ -217,6 +236,63 @@ def test_scale_and_origin_do_not_matter(init: str | None, refine: str | None, un
         check(moved, result, 6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("init", "refine"), [(None, "auto"), ("ward", "lloyd"), ("k-means++", "hartigan"), ("k-means++", "lloyd")]
+)
+def test_tight_groups_far_apart(init: str | None, refine: str | None, dtype: torch.dtype) -> None:
+    """fp32 inner products are off by 0.5 where the squared distances that matter are 0.005."""
+    truth = torch.arange(8).repeat(50)
+    corners = 0.4 * torch.tensor([[-1.0, 0], [1, 0], [0, 1], [0, -1]])
+    centres = torch.cat([corners + torch.tensor([3000.0, 0]), corners - torch.tensor([3000.0, 0])])
+    x = (centres[truth].double() + 0.05 * normal(400, 2).double()).to(dtype)
+    result = pyfold.kmeans(x, 8, init=init, refine=refine, n_init=1 if init in (None, "ward") else 4)
+    assert same_partition(result.labels, truth)
+    check(x, result, 8, tolerance=1e-7)
+    model = pyfold.KMeans(8, init=result.centroids.numpy(), refine="lloyd").fit(x.numpy())
+    assert same_partition(torch.from_numpy(model.labels_), truth)
+    # Inner products over G alone: the same from differences, for the same partition.
+    g = sharpened(pyfold.ops.gram(x.float()), x.float())
+    assert torch.equal(g, g.T)
+    exact = torch.cdist(x.float().double(), x.float().double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    torch.testing.assert_close(-2 * g.double(), exact, rtol=2e-4, atol=0)
+
+
+def test_points_that_inner_products_cannot_decide() -> None:
+    """All centroids look alike to scores that are off by 1."""
+    centroids = 4000 + 0.1 * torch.arange(6.0)[:, None] * torch.ones(1, 2)
+    x = centroids.repeat_interleave(5, 0) + 0.01 * normal(30, 2)
+    wrong = torch.arange(30) % 6
+    labels, distances = settle(x, centroids, wrong, squared_distances(x, wrong, centroids))
+    assert torch.equal(labels, torch.arange(6).repeat_interleave(5))
+    torch.testing.assert_close(distances, squared_distances(x, labels, centroids), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("init", [None, "k-means++"])
+def test_a_far_point_of_weight_0_has_no_say(init: str | None) -> None:
+    x = normal(60, 3)
+    far = x.clone()
+    far[7] = 1e30
+    weights = (torch.arange(60) != 7).double()
+    result = pyfold.kmeans(far, 5, weights=weights, init=init)
+    expected = pyfold.kmeans(x[weights > 0], 5, init=init)
+    assert torch.equal(result.labels[weights > 0], expected.labels)
+    assert result.inertia == expected.inertia
+
+
+@pytest.mark.parametrize("far", [1e12, 1e30])
+def test_a_far_row_of_init_has_no_say(far: float) -> None:
+    x, truth = blobs(200, 3, 6, spread=0.5)
+    start = x[[int((truth == c).nonzero()[0]) for c in range(6)]].double()
+    for dtype in (torch.float32, torch.float64):
+        near, result = (
+            pyfold.kmeans(x.to(dtype), 7, init=torch.cat([start, torch.full((1, 3), row)]), refine="lloyd")
+            for row in (1e3, far)
+        )
+        assert torch.equal(result.labels, near.labels)
+        assert result.inertia == near.inertia
+
+
 def test_float64_keeps_what_float32_would_lose() -> None:
     x, truth = blobs(90, 3, 5, spread=0.05)
     far = x.double() * 1e-6 + 1e3
@@ -225,6 +301,8 @@ def test_float64_keeps_what_float32_would_lose() -> None:
     check(far, result, 5, tolerance=1e-12)
     huge = pyfold.kmeans(x.double() * 1e150, 5)
     assert same_partition(huge.labels, truth)
+    limit = pyfold.kmeans(np.array([[1.7e308], [1.6e308], [-1.7e308], [-1.5e308]]), 2)
+    np.testing.assert_allclose(limit.centroids, [[1.65e308], [-1.6e308]], rtol=1e-7)
 
 
 def test_zero_points_and_norms_far_apart() -> None:
@@ -248,6 +326,22 @@ def test_weights_count_points_and_zero_is_no_point(init: str | None, refine: str
     idle = w == 0
     nearest = torch.cdist(x[idle].double(), weighted.centroids.double()).argmin(1)
     assert torch.equal(weighted.labels[idle], nearest)
+
+
+def test_weights_of_any_kind() -> None:
+    x, w = normal(40, 3), np.arange(1.0, 41)
+    backwards = np.ascontiguousarray(w[::-1])[::-1]
+    frozen = w.copy()
+    frozen.flags.writeable = False
+    expected = pyfold.kmeans(x, 4, weights=w), pyfold.cluster(x, n_clusters=4, weights=torch.from_numpy(w))
+    for weights in (backwards, frozen, w.astype(">f8"), w.astype(np.int32), torch.from_numpy(w).float()):
+        assert pyfold.kmeans(x, 4, weights=weights).inertia == expected[0].inertia
+        result = pyfold.cluster(np.ascontiguousarray(x.numpy()[::-1])[::-1], n_clusters=4, weights=weights)
+        assert result.inertia == expected[1].inertia
+    heavy, ones = torch.full((40,), 1e307, dtype=torch.float64), torch.ones(40)
+    results = [pyfold.kmeans(x / 100, 4, init="random", weights=weights) for weights in (heavy, ones)]
+    assert torch.equal(results[0].labels, results[1].labels)
+    assert results[0].inertia == pytest.approx(1e307 * results[1].inertia)
 
 
 @pytest.mark.parametrize(("n", "d", "k"), [(2000, 8, 20), (3000, 2, 5), (3000, 2, 40)])
@@ -314,7 +408,7 @@ def test_regime_model() -> None:
     assert taken.flops == 11008**2 * 12288
     taken, refused, why = choice(200_000, 128, 1024, None)
     assert (taken.regime, taken.init, taken.refine) == ("direct", "k-means++", "lloyd")
-    assert "160,0" in why
+    assert "162,565,324,288 bytes for G" in why
     assert taken.memory < gib
     assert choice(11008, 12288, 5504, "k-means++")[0].regime == "gram", "G costs as much as one pass, and there are many"
     assert choice(20_000, 16, 10, "random")[0].regime == "direct"
@@ -324,6 +418,9 @@ def test_regime_model() -> None:
         choice(40_000, 16, 10, "ward", free=gib)
     with pytest.raises(ValueError, match=r"'hartigan'.*Gram matrix"):
         choice(40_000, 16, 10, None, free=gib, refine="hartigan")
+    for dtype in (torch.float32, torch.bfloat16):
+        parts = 4 * 12000 * 3072 + 4 * 12000**2 + 96 * 2**20  # a copy, G, and its packed panels
+        assert choice(12000, 3072, 100, "ward", problem={"dtype": dtype})[0].memory > parts
     settings = {"max_iter": 300, "n_init": 1, "rates": RATES["cuda"]}
     one = estimate(Problem(512, 576, 256), "gram", "ward", "hartigan", **settings)
     many = estimate(Problem(512, 576, 256, batch=64), "gram", "ward", "hartigan", **settings)
@@ -356,15 +453,19 @@ def test_explain_says_what_kmeans_takes() -> None:
         pyfold.explain((9, 3), 10)
     with pytest.raises(ValueError, match=r"shape \(N, D\)"):
         pyfold.explain((9,), 1)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="there is no CUDA device"):
+            pyfold.explain((9, 3), 2, device="cuda")
 
 
 BAD: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "x: expected a NumPy array or a torch tensor, got str", {"x": "points"}),
     (TypeError, "x: expected floating-point numbers, got torch.int64", {"x": torch.ones(5, 3).long()}),
-    (TypeError, "x: expected floating-point numbers, got int64", {"x": np.ones((5, 3), dtype=np.int64)}),
-    (TypeError, "x: expected floating-point numbers, got <U1|str", {"x": np.array([["a"]])}),
+    (TypeError, "x: expected floating-point numbers, got torch.int64", {"x": np.ones((5, 3), dtype=np.int64)}),
+    (TypeError, "x: expected floating-point numbers, got <U1", {"x": np.array([["a"]])}),
+    (TypeError, "x: expected every value, got a masked array", {"x": np.ma.masked_array(np.ones((5, 3)))}),
     (TypeError, "x: expected a dense tensor", {"x": torch.eye(5).to_sparse()}),
-    (ValueError, r"x: expected a non-empty \(N, D\) matrix, got shape \(3,\)", {"x": torch.ones(3)}),
+    (ValueError, r"x: expected a non-empty matrix \(N, D\), got shape \(3,\)", {"x": torch.ones(3)}),
     (ValueError, r"got shape \(0, 3\)", {"x": torch.ones(0, 3)}),
     (ValueError, r"got shape \(0, 4, 3\)", {"x": torch.ones(0, 4, 3)}),
     (ValueError, "at least one problem", {"x": []}),
@@ -375,9 +476,13 @@ BAD: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "n_clusters: expected an integer, got 2.0", {"n_clusters": 2.0}),
     (TypeError, "n_clusters: expected an integer, got True", {"n_clusters": True}),
     (ValueError, "n_clusters: expected one for each of 2 problems, got 1", {"x": [torch.ones(3, 1)] * 2, "n_clusters": [2]}),
+    (TypeError, "n_clusters: expected one for each of 2 problems, got 2.5", {"x": [torch.ones(3, 1)] * 2, "n_clusters": 2.5}),
+    (TypeError, r"n_clusters: .* 1 problems, got array\(2\)", {"x": [torch.ones(3, 1)], "n_clusters": np.array(2)}),
     (TypeError, "n_clusters: expected one number for a batch", {"x": torch.ones(2, 3, 1), "n_clusters": [2, 3]}),
     (ValueError, "init: expected None, 'ward'.*, got 'k-means'", {"init": "k-means"}),
     (ValueError, r"init: expected centroids of shape \(2, 3\), got \(3, 3\)", {"init": torch.ones(3, 3)}),
+    (TypeError, "init: expected a NumPy .*got NoneType", {"x": [torch.ones(3, 1)] * 2, "init": [None, torch.ones(2, 1)]}),
+    (TypeError, "init: expected a NumPy .*got str", {"x": [torch.ones(3, 1)] * 2, "init": ["ward", "ward"]}),
     (ValueError, "init: expected finite values", {"init": torch.full((2, 3), float("inf"))}),
     (ValueError, "init: expected device cpu, got meta", {"init": torch.ones(2, 3, device="meta")}),
     (ValueError, "refine: expected 'auto'.*, got 'elkan'", {"refine": "elkan"}),
@@ -390,6 +495,7 @@ BAD: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "weights: .*not all 0", {"weights": torch.zeros(5)}),
     (ValueError, r"weights: expected shape \(5,\), got \(4,\)", {"weights": torch.ones(4)}),
     (ValueError, "weights: expected a spread of at most 1e.06", {"weights": torch.tensor([1.0, 1, 1, 1, 1e-7])}),
+    (TypeError, "weights: expected .*, got complex128", {"weights": np.ones(5, dtype=complex)}),
     (TypeError, "weights: expected a NumPy array or a torch tensor, got list", {"weights": [1, 1, 1, 1, 1]}),
     (ValueError, "points of positive weight.*got 2", {"weights": torch.tensor([1.0, 0, 0, 0, 0])}),
     (ValueError, "backend: expected auto, .* got 'gpu'", {"backend": "gpu"}),
@@ -400,38 +506,6 @@ BAD: list[tuple[type[Exception], str, dict[str, Any]]] = [
 def test_bad_input_says_what_is_wrong(error: type[Exception], match: str, options: dict[str, Any]) -> None:
     with pytest.raises(error, match=match):
         pyfold.kmeans(**{"x": normal(5, 3), "n_clusters": 2, **options})
-
-
-def test_estimator_contract() -> None:
-    from sklearn.utils.estimator_checks import check_estimator
-
-    reasons = {
-        "check_sample_weight_equivalence_on_dense_data": "it shuffles the points; clusters are numbered by their first member "
-        "(the partition is the same: test_weights_count_points_and_zero_is_no_point)",
-    }
-    for options in ({}, {"init": "k-means++"}):
-        outcomes = check_estimator(pyfold.KMeans(**options), expected_failed_checks=reasons, on_skip=None)
-        assert {one["check_name"] for one in outcomes if one["status"] == "xfail"} == set(reasons)
-
-
-def test_estimator() -> None:
-    from sklearn.base import clone
-
-    x = blobs(300, 5, 8, spread=0.2)[0].numpy()
-    for options in ({}, {"init": "k-means++", "refine": "lloyd", "tol": 0}):
-        model = pyfold.KMeans(8, **options).fit(x)
-        assert np.array_equal(model.predict(x), model.labels_)
-        assert np.array_equal(clone(model).fit_predict(x), model.labels_)
-        assert model.score(x) == pytest.approx(-model.inertia_, rel=1e-5)
-        distances = model.transform(x)
-        assert distances.shape == (300, 8)
-        assert np.array_equal(distances.argmin(1), model.labels_)
-        assert np.square(distances.min(1)).sum() == pytest.approx(model.inertia_, rel=1e-4)
-        assert list(model.get_feature_names_out()) == [f"kmeans{c}" for c in range(8)]
-    far = pyfold.KMeans(8).fit(x.astype(np.float64) + 1e7)
-    assert np.array_equal(far.predict(x.astype(np.float64) + 1e7), far.labels_)
-    with pytest.raises(ValueError, match="n_samples=3"):
-        pyfold.KMeans(8).fit(x[:3])
 
 
 def test_importing_pyfold_is_light_and_scikit_learn_optional() -> None:

@@ -15,8 +15,10 @@ try:
 except ImportError as error:
     raise ImportError(f"pyfold.KMeans needs scikit-learn >= 1.6 ({error}); run pip install 'pyfold[sklearn]'") from None
 
+from pyfold.clustering.differences import squared_distances, total
 from pyfold.clustering.kmeans import kmeans, nearest
 from pyfold.clustering.problems import tensor_of
+from pyfold.ops import checks
 
 
 class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):  # type: ignore[misc]
@@ -25,9 +27,13 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
     Parameters
     ----------
     n_clusters : int
-    init : None, "ward", "k-means++", "random" or ndarray (K, D)
+    init : "k-means++", None, "ward", "random" or ndarray (K, D)
+        "k-means++", scikit-learn's default, is this one's too. None, the default of ``pyfold.kmeans``, is Ward's method where
+        the Gram matrix fits the memory: for K a large share of N; time O(N² (D + 1)) and 4 N² bytes.
     refine : "auto", "hartigan", "lloyd" or None
-    n_init, max_iter : int
+    n_init : int or "auto"
+        "auto": 1.
+    max_iter : int
     tol : float
     random_state : int, RandomState or None
         0 by default: the same fit on every run.
@@ -36,10 +42,11 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
     Attributes
     ----------
     labels_ : ndarray, (N,), int64
-        Of the points fitted. Where the refinement reached a fixed point, ``predict`` gives the same.
+        Of the points fitted: the nearest of the centers, as ``predict`` gives.
     cluster_centers_ : ndarray, (K, D)
-        Weighted means of the clusters of ``labels_``, in the dtype of the points.
+        Weighted means of the clusters that the fit ended with, in the dtype of the points.
     inertia_ : float
+        Of these labels and centers.
     n_iter_ : int
     init_, refine_, regime_, backend_ : str
         What was taken.
@@ -49,9 +56,9 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         self,
         n_clusters: int = 8,
         *,
-        init: Any = None,
+        init: Any = "k-means++",
         refine: str | None = "auto",
-        n_init: int = 1,
+        n_init: Any = 1,
         max_iter: int = 300,
         tol: float = 1e-4,
         random_state: Any = 0,
@@ -67,26 +74,26 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         self.backend = backend
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> KMeans:
-        """Cluster ``X`` (N, D), float64 or float32. ``sample_weight`` (N,) is at least 0."""
+        """Cluster ``X`` (N, D), float64 or float32. ``sample_weight`` (N,) is at least 0, what is
+        positive within a factor of 1e6."""
         X = validate_data(self, X, dtype=[np.float64, np.float32], order="C")
-        if len(X) < self.n_clusters:
-            raise ValueError(f"n_clusters: expected 1 to n_samples={len(X)}, got {self.n_clusters}")
+        checks.count(self.n_clusters, len(X), f"samples, n_samples={len(X)}")
         weights = None if sample_weight is None else _weights(sample_weight, X)
         result: Any = kmeans(
             X,
             self.n_clusters,
             init=self.init,
             refine=self.refine,
-            n_init=self.n_init,
+            n_init=1 if self.n_init == "auto" else self.n_init,
             max_iter=self.max_iter,
             tol=self.tol,
             weights=weights,
             seed=int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max)),
             backend=self.backend,
         )
-        self.labels_ = result.labels
         self.cluster_centers_ = result.centroids
-        self.inertia_ = result.inertia
+        labels, distances = self._nearest(tensor_of("X", X))
+        self.labels_, self.inertia_ = labels.numpy(), _sum(distances, weights)
         self.n_iter_ = result.n_iter
         self.init_, self.refine_, self.regime_, self.backend_ = result.init, result.refine, result.regime, result.backend
         self._n_features_out = self.n_clusters
@@ -112,8 +119,8 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Minus the inertia of ``X`` with the nearest centers."""
         points = self._points(X)
-        distances = self._nearest(points)[1].numpy()
-        return -float(np.sum(distances if sample_weight is None else distances * _weights(sample_weight, points.numpy())))
+        weights = None if sample_weight is None else _weights(sample_weight, points.numpy())
+        return -_sum(self._nearest(points)[1], weights)
 
     def _points(self, X: Any) -> Tensor:
         check_is_fitted(self)
@@ -123,12 +130,19 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         return tensor_of("cluster_centers_", self.cluster_centers_).to(dtype)
 
     def _nearest(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        return nearest(points, self._centers(torch.float64), self.backend)
+        """Labels and fp64 squared distances."""
+        centers = self._centers(torch.float64)
+        labels = nearest(points, centers, self.backend)
+        return labels, squared_distances(points, labels, centers)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
+
+
+def _sum(distances: Tensor, weights: Any) -> float:
+    return total(distances if weights is None else distances * torch.from_numpy(weights))
 
 
 def _weights(sample_weight: Any, X: Any) -> Any:

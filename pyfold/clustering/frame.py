@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pyfold import ops
+from pyfold.clustering.differences import squared_distances, total
 
 COMFORTABLE = 2.0**30  # largest magnitude between this and its inverse: squares are summed far inside fp32's range
+FAR = 2.0**40  # points beyond, which had no say in the frame, are drawn in to it: from there all centroids are in one place
 _ELEMENTS = 2**20  # of scratch at a time
 _SAMPLE = 2**22  # values that are enough to place an origin and a tolerance: the mean need not be exact, only near
 
@@ -30,9 +31,10 @@ class Frame:
     shift: Tensor | None
     exponent: int
 
-    def enter(self, x: Tensor) -> Tensor:
-        """x -> y, in fp32; x itself where the frame changes nothing and no dtype wider than fp32 has to be narrowed."""
-        if self.shift is None and self.exponent == 0 and x.dtype != torch.float64:
+    def enter(self, x: Tensor, magnitude: float) -> Tensor:
+        """x, of that largest magnitude -> y, in fp32, with every row drawn in to ``FAR`` that is beyond; x itself where that
+        changes nothing and no dtype wider than fp32 has to be narrowed."""
+        if self.shift is None and self.exponent == 0 and x.dtype != torch.float64 and magnitude < FAR:
             return x
         y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         unit = math.ldexp(1.0, -self.exponent)
@@ -40,15 +42,22 @@ class Frame:
         rows = max(1, _ELEMENTS // x.shape[1])
         for out, chunk in zip(y.split(rows), x.split(rows), strict=True):
             scaled = chunk.double().mul_(unit) if chunk.dtype != torch.float64 else chunk * unit
-            out.copy_(scaled if origin is None else scaled.sub_(origin))
+            if origin is not None:
+                scaled.sub_(origin)
+            if not largest(scaled) < FAR:
+                scaled.clamp_(-1e300, 1e300)
+                scaled *= (FAR / scaled.abs().amax(1, keepdim=True)).clamp_max_(1.0)
+            out.copy_(scaled)
         return y
 
     def leave(self, y: Tensor) -> Tensor:
         """y -> x, in fp64; y itself where the frame changes nothing."""
         if self.shift is None and self.exponent == 0:
             return y
-        x = y.double() * math.ldexp(1.0, self.exponent)
-        return x if self.shift is None else x + self.shift
+        unit = math.ldexp(1.0, self.exponent)
+        if self.shift is None:
+            return y.double() * unit
+        return (y.double() / 2 + self.shift / unit / 2) * unit * 2  # halves: 2^exponent y alone may be beyond fp64
 
     def area(self, squared: float) -> float:
         """A sum of squared distances, in the unit of the points."""
@@ -68,26 +77,27 @@ class Framed:
 def frame_all(xs: list[Tensor], magnitudes: list[float], backend: str) -> list[Framed]:
     """A frame for each problem of finite values, of which ``magnitudes`` are the largest."""
     frames = [_unit_frame(x, magnitude) for x, magnitude in zip(xs, magnitudes, strict=True)]
-    ys = [frame.enter(x) for frame, x in zip(frames, xs, strict=True)]
+    ys = [frame.enter(*one) for frame, one in zip(frames, zip(xs, magnitudes, strict=True), strict=True)]
     means, variances = _moments(ys, backend)
     for i, (frame, x, mean) in enumerate(zip(frames, xs, means, strict=True)):
         if x.dtype != torch.float64 and total(mean.square()) > variances[i] * x.shape[1]:
             frames[i] = Frame(frame.leave(mean[0]).double(), frame.exponent)
             ys[i] = torch.empty(0)  # free the uncentred copy, if it is one
-            ys[i] = frames[i].enter(x)
+            ys[i] = frames[i].enter(x, magnitudes[i])
     return [Framed(y, frame, variance) for y, frame, variance in zip(ys, frames, variances, strict=True)]
 
 
-def frame_of(centroids: Tensor, x: Tensor) -> Frame:
-    """A frame for assigning x to given centroids; its origin depends on the centroids alone."""
-    middle = centroids.double().mean(0)
-    gap = centroids.double() - middle
-    far = total(middle.square()) * len(centroids) > total(gap.square())
-    shift = middle if far or x.dtype == torch.float64 else None
-    reach = max(largest(x), largest(centroids))
-    if shift is not None:
-        reach = max(largest(centroids - middle), *(largest(chunk - middle) for chunk in x.split(2**14)))
-    return Frame(shift, 0 if 1 / COMFORTABLE < reach < COMFORTABLE else exponent_of(reach))
+def frame_of(centroids: Tensor, dtype: torch.dtype) -> Frame:
+    """A frame for assigning points of a dtype to given centroids; it depends on the centroids alone."""
+    magnitude = largest(centroids)
+    frame = _unit_frame(centroids.double(), magnitude)
+    gaps = frame.enter(centroids.double(), magnitude)
+    spread, shift = total(gaps.double().square()), frame.shift
+    assert shift is not None
+    middle = total((shift * math.ldexp(1.0, -frame.exponent)).square()) * len(centroids)
+    if middle <= spread and dtype != torch.float64:
+        return Frame(None, 0 if 1 / COMFORTABLE < magnitude < COMFORTABLE else frame.exponent)
+    return Frame(shift, min(1023, max(-1022, frame.exponent + exponent_of(largest(gaps)))))
 
 
 def largest(x: Tensor) -> float:
@@ -99,22 +109,6 @@ def largest(x: Tensor) -> float:
 def exponent_of(magnitude: float) -> int:
     """e with 2^e <= magnitude < 2^(e+1), as far as 2^e and 2^-e are both fp64 numbers; 0 for 0."""
     return max(-1022, math.frexp(magnitude)[1] - 1) if magnitude else 0
-
-
-def squared_distances(y: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
-    """(N,) fp32, each point to the centroid of its cluster, from differences: exactly 0 where they are equal."""
-    distances = torch.empty(len(y), dtype=torch.float32, device=y.device)
-    rows = max(1, _ELEMENTS // y.shape[1])
-    for out, points, label in zip(distances.split(rows), y.split(rows), labels.split(rows), strict=True):
-        torch.sum((points - centroids[label]).square_(), 1, out=out)
-    return distances
-
-
-def total(values: Tensor) -> float:
-    """Sum in fp64, the same bits on any number of threads, which torch's own sum on a CPU is not."""
-    if values.device.type == "cpu":
-        return float(np.sum(values.numpy(), dtype=np.float64))
-    return float(values.sum(dtype=torch.float64))
 
 
 def _unit_frame(x: Tensor, magnitude: float) -> Frame:

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyfold import ops
 from pyfold.clustering.frame import largest
 from pyfold.clustering.regime import INITS, REFINEMENTS, Problem
+from pyfold.ops import checks
 
-_DTYPES = (*ops.FLOATS, torch.float64)
+_DTYPES = (*checks.FLOATS, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ def read(x: Any, n_clusters: Any, weights: Any, init: Any) -> tuple[list[Given],
     ks = _per_problem("n_clusters", n_clusters, len(arrays), form)
     ws = _per_problem("weights", weights, len(arrays), form)
     inits = _per_problem("init", None if isinstance(init, str) else init, len(arrays), form)
+    if init is not None and not isinstance(init, str):
+        inits = [tensor_of("init", one) for one in inits]
     given = [_problem(*problem) for problem in zip(arrays, ks, ws, inits, strict=True)]
     for problem in given[1:]:
         if problem.x.device != given[0].x.device:
@@ -69,7 +71,7 @@ def shapes_of(x: Any, n_clusters: Any, dtype: torch.dtype, device: torch.device)
     ks = _per_problem("n_clusters", n_clusters, len(shapes), form if form == "list" else "one")
     problems = []
     for ((batch, n, d), kind), k in zip(shapes, ks, strict=True):
-        check_count(k, n, "points")
+        checks.count(k, n)
         problems.append(Problem(n, d, int(k), kind, batch))
     return problems, device, form == "list"
 
@@ -90,17 +92,43 @@ def check_options(init: Any, refine: Any, n_init: Any, max_iter: Any, tol: Any =
     return init if init is None or isinstance(init, str) else "given"
 
 
-def check_count(n_clusters: Any, n: int, what: str) -> None:
-    if isinstance(n_clusters, bool) or not isinstance(n_clusters, Integral):
-        raise TypeError(f"n_clusters: expected an integer, got {n_clusters!r}")
-    if not 1 <= int(n_clusters) <= n:
-        raise ValueError(f"n_clusters: expected 1 to {n} (the number of {what}), got {n_clusters}")
-
-
 def tensor_of(name: str, array: Any) -> Tensor:
     """A tensor of a matrix of floating-point numbers, with contiguous rows; no copy where none is needed."""
+    tensor = _numbers(name, array)
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected floating-point numbers, got {tensor.dtype}")
+    if tensor.dim() != 2 or tensor.numel() == 0:
+        raise ValueError(f"{name}: expected a non-empty matrix (N, D), got shape {tuple(tensor.shape)}")
+    contiguous = tensor.shape[1] == 1 or tensor.stride(1) == 1
+    return tensor if contiguous and tensor.stride(0) >= tensor.shape[1] else tensor.contiguous()
+
+
+def weights_of(weights: Any, x: Tensor) -> Tensor:
+    """fp64 weights of the points of x; one may be 0."""
+    w = _on("weights", _numbers("weights", weights), x)
+    if tuple(w.shape) != (len(x),):
+        raise ValueError(f"weights: expected shape ({len(x)},), got {tuple(w.shape)}")
+    w = w.to(torch.float64)
+    if not bool(torch.isfinite(w).all()) or bool((w < 0).any()) or not bool((w > 0).any()):
+        raise ValueError(f"weights: expected finite values of at least 0, not all 0, got {float(w.min())} to {float(w.max())}")
+    return w
+
+
+def check_finite(x: Tensor) -> float:
+    """The largest magnitude of x."""
+    magnitude = largest(x)
+    if not math.isfinite(magnitude):
+        row, column = (~torch.isfinite(x)).nonzero()[0].tolist()
+        raise ValueError(f"x: expected finite values, got {float(x[row, column])} at row {row}")
+    return magnitude
+
+
+def _numbers(name: str, array: Any) -> Tensor:
+    """A dense tensor of real numbers, whatever the strides, byte order and flags of the array."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected every value, got a masked array; fill or drop what is masked")
     if isinstance(array, np.ndarray):
-        if array.dtype not in (np.float16, np.float32, np.float64):
+        if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
             raise TypeError(f"{name}: expected floating-point numbers, got {array.dtype}")
         array = np.asarray(array, dtype=array.dtype.newbyteorder("="))
         if any(stride < 0 for stride in array.strides):
@@ -110,15 +138,11 @@ def tensor_of(name: str, array: Any) -> Tensor:
             array = torch.from_numpy(array)
     if not isinstance(array, Tensor):
         raise TypeError(f"{name}: expected a NumPy array or a torch tensor, got {type(array).__name__}")
-    if array.dtype not in _DTYPES:
-        raise TypeError(f"{name}: expected floating-point numbers, got {array.dtype}")
+    if array.is_complex():
+        raise TypeError(f"{name}: expected real numbers, got {array.dtype}")
     if array.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got {array.layout}")
-    if array.dim() != 2 or array.numel() == 0:
-        raise ValueError(f"{name}: expected a non-empty (N, D) matrix, got shape {tuple(array.shape)}")
-    array = array.detach()
-    contiguous = array.shape[1] == 1 or array.stride(1) == 1
-    return array if contiguous and array.stride(0) >= array.shape[1] else array.contiguous()
+    return array.detach()
 
 
 def _unpack(x: Any) -> tuple[list[Any], str]:
@@ -134,52 +158,30 @@ def _unpack(x: Any) -> tuple[list[Any], str]:
 
 
 def _per_problem(name: str, values: Any, count: int, form: str) -> list[Any]:
-    """One value for each problem: a number serves all, and so does None."""
-    if form == "one":
-        return [values]
-    if values is None or isinstance(values, Integral):
-        return [values] * count
-    if form == "batch" and name == "n_clusters":
+    """One value for each problem; a batch has one K."""
+    if form == "batch" and name == "n_clusters" and not isinstance(values, Integral):
         raise TypeError("n_clusters: expected one number for a batch; give a list of problems for several")
-    listed = list(values)
-    if len(listed) != count:
-        raise ValueError(f"{name}: expected one for each of {count} problems, got {len(listed)}")
-    return listed
+    return checks.per_problem(name, values, count, form == "one")
 
 
 def _problem(array: Any, n_clusters: Any, weights: Any, init: Any) -> Given:
     every = tensor_of("x", array)
-    magnitude = largest(every)
-    if not math.isfinite(magnitude):
-        row, column = (~torch.isfinite(every)).nonzero()[0].tolist()
-        raise ValueError(f"x: expected finite values, got {float(every[row, column])} at row {row}")
+    magnitude = check_finite(every)
     x, kept = every, None
     if weights is not None:
-        weights = _weights(weights, every)
+        weights = weights_of(weights, every)
         if bool((weights == 0).any()):
             kept = weights.nonzero().flatten()
             x, weights = every[kept], weights[kept]
-    check_count(n_clusters, len(x), "points" if kept is None else "points of positive weight")
+            magnitude = largest(x)
+    checks.count(n_clusters, len(x), "points" if kept is None else "points of positive weight")
     if init is not None:
-        init = _on("init", tensor_of("init", init), every).to(torch.float64)
+        init = _on("init", init, every).to(torch.float64)
         if tuple(init.shape) != (n_clusters, x.shape[1]):
             raise ValueError(f"init: expected centroids of shape {(n_clusters, x.shape[1])}, got {tuple(init.shape)}")
         if not math.isfinite(largest(init)):
             raise ValueError("init: expected finite values")
-        magnitude = max(magnitude, largest(init))
     return Given(x, int(n_clusters), weights, init, magnitude, every, kept, isinstance(array, np.ndarray))
-
-
-def _weights(weights: Any, x: Tensor) -> Tensor:
-    if not isinstance(weights, (np.ndarray, Tensor)):
-        raise TypeError(f"weights: expected a NumPy array or a torch tensor, got {type(weights).__name__}")
-    w = torch.as_tensor(weights).detach()
-    if tuple(w.shape) != (len(x),):
-        raise ValueError(f"weights: expected shape ({len(x)},), got {tuple(w.shape)}")
-    w = _on("weights", w, x).to(torch.float64)
-    if not bool(torch.isfinite(w).all()) or bool((w < 0).any()) or not bool((w > 0).any()):
-        raise ValueError(f"weights: expected finite values of at least 0, not all 0, got {float(w.min())} to {float(w.max())}")
-    return w
 
 
 def _on(name: str, tensor: Tensor, x: Tensor) -> Tensor:

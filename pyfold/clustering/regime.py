@@ -8,7 +8,7 @@ knows how fast a machine is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,16 @@ INITS = ("ward", "k-means++", "random")
 REFINEMENTS = ("auto", "hartigan", "lloyd", None)
 SHARE = 0.8  # of the free bytes: the rest is for the caller, the allocator and what the model leaves out
 ITERATIONS = 20  # Lloyd passes taken for granted: the true number is known only afterwards
+# Scratch of the cpu kernels at most, on any engine: columns in a panel, bytes of panels packed together, rows of ``assign``.
+_PANEL, _PACKED, _ROWS = 512, 96 * 2**20, 384
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second; on a CPU each thread does, but for ``bandwidth``."""
+    """What a device does in a second, a CPU with one thread.
+
+    However many threads there are: the way chosen, and with it the result, must not depend on them.
+    """
 
     gram: float  # FLOP, half product, fp32
     gram_low: float  # the same for fp16 and bf16
@@ -39,10 +44,6 @@ class Rates:
     hartigan: float  # entries of G in a whole Hartigan refinement
     trials: float  # distances to candidates of k-means++
     seeds: float  # seeds, whatever N: the calls that make one
-
-    def per_second(self, threads: int) -> Rates:
-        scaled = {name: rate * threads for name, rate in vars(self).items() if name not in ("bandwidth", "seeds")}
-        return replace(self, **scaled)
 
 
 # cpu: one thread of a Xeon with AMX (CPU seconds of a busy machine). cuda: an H100's data sheet, not measured yet.
@@ -89,7 +90,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A way to do it: FLOPs, bytes moved, bytes of memory beside the input, seconds."""
+    """A way to do it: FLOPs, bytes moved, bytes of memory beside the input, seconds (on a CPU: of one thread)."""
 
     regime: str
     init: str
@@ -122,7 +123,8 @@ class Explanation:
         p = self.problem
         batch = f"{p.batch} x " if p.batch > 1 else ""
         lines = [
-            f"{batch}N={p.n}, D={p.d}, K={p.n_clusters}, {str(p.dtype).removeprefix('torch.')} on {self.device}: {self.why}",
+            f"{batch}N={p.n}, D={p.d}, K={p.n_clusters}, {str(p.dtype).removeprefix('torch.')} "
+            f"on {self.device}{', seconds of one thread' if self.device == 'cpu' else ''}: {self.why}",
             f"takes    {self.taken}  [{self.backend}]",
         ]
         if self.refused is not None:
@@ -142,7 +144,8 @@ def estimate(
     gram_rate, assign_rate = (rates.gram_low, rates.assign_low) if low else (rates.gram, rates.assign)
 
     flops, moved, seconds = 0.0, 5.0 * features, 5 * features / rates.bandwidth  # frame, centroids and inertia
-    memory = (4.0 * n * d if problem.dtype == torch.float64 else 0.0) + 4.0 * k * d + 24.0 * n
+    panels = -(-d // _PANEL) * _PANEL
+    memory = 4.0 * n * d + 4.0 * k * d + 24.0 * n  # an fp32 copy, which only features that lie well do without; centroids
     grams, of_points = (1, n) if regime == "gram" else (0, 0)  # how many, and of how many points each
     if init == "k-means++":
         if regime == "direct":
@@ -155,6 +158,9 @@ def estimate(
     moved += grams * 16 * entries  # cleared, written, mirrored
     seconds += grams * (entries * d / gram_rate + 16 * entries / rates.bandwidth)
     memory += 4 * entries
+    if grams:
+        a_panel = (12.0 if low else 24.0) * of_points * _PANEL
+        memory += min(max(_PACKED, a_panel), a_panel * panels / _PANEL)
     if regime == "gram":
         looks = passes * starts
         seconds += looks * entries / rates.lloyd
@@ -170,6 +176,7 @@ def estimate(
         flops += 2.0 * n * k * d * looks
         seconds += looks * (2.0 * n * k * d / assign_rate + n / rates.points + 2 * features / rates.bandwidth)
         moved += 2.0 * features * looks
+        memory += 4.0 * k * panels + 4.0 * _ROWS * (k + _PANEL)  # packed centroids; products and points of a thread
     return Estimate(regime, init, refine, flops * batch, moved * batch, memory * batch, seconds * batch)
 
 
@@ -235,8 +242,7 @@ def choose(
 
 
 def rates_of(device: torch.device) -> Rates:
-    """The rates of a device with the threads that torch is set to use."""
-    return RATES["cpu"].per_second(torch.get_num_threads()) if device.type == "cpu" else RATES["cuda"]
+    return RATES["cpu" if device.type == "cpu" else "cuda"]
 
 
 def bytes_free(device: torch.device) -> int:
@@ -274,6 +280,8 @@ def explain(
 ) -> Explanation | list[Explanation]:
     """What :func:`pyfold.kmeans` with these arguments would take, with predicted cost, and why.
 
+    ``kmeans``'s weights, tol and seed are not among them: they do not change what is taken.
+
     Parameters
     ----------
     x : Tensor, ndarray, list of these, or a shape
@@ -283,7 +291,8 @@ def explain(
     Returns
     -------
     Explanation; a list for a list
-        Printable. ``taken`` and ``refused`` hold regime, init, refine, flops, bytes, memory and seconds.
+        Printable. ``taken`` and ``refused`` hold regime, init, refine, flops, bytes, memory and seconds (on a CPU: of one
+        thread, whatever number will run, so that the choice does not depend on it).
 
     Raises
     ------
@@ -294,6 +303,8 @@ def explain(
 
     kind = check_options(init, refine, n_init, max_iter)
     problems, where, listed = shapes_of(x, n_clusters, dtype, torch.device(device))
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise PyfoldError(f"device: expected one that torch can use here, got {where}, and there is no CUDA device")
     explanations = []
     for problem in problems:
         taken, refused, why = choose(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyfold import ops
+from pyfold.clustering.differences import assign, sharpened
 
 ROUND = 1024
 PER_SEED = 32
@@ -25,7 +26,9 @@ SAMPLE = (2048, 8192)  # points, at least and at most: 256 MiB of G
 _MASS = 2.0**40  # draws are by integer masses, so that their running sum has the same bits in any order of summation
 
 
-def kmeans_pp(points: Tensor, n_clusters: int, weights: Tensor | None, rng: np.random.Generator, backend: str) -> Tensor:
+def kmeans_pp(
+    points: Tensor, n_clusters: int, weights: Tensor | None, rng: np.random.Generator, backend: str, sharp: bool = False
+) -> Tensor:
     """(K, D) fp32 seeds, from samples; no value twice unless a sample has too few distinct ones."""
     seeds: list[Tensor] = []
     for start in range(0, n_clusters, ROUND):
@@ -36,8 +39,10 @@ def kmeans_pp(points: Tensor, n_clusters: int, weights: Tensor | None, rng: np.r
             rows = torch.from_numpy(np.sort(rng.choice(len(points), size, replace=False))).to(points.device)
             sample = points[rows]
             sample_weights = None if weights is None else weights[rows]
-        closest = ops.assign(sample, torch.cat(seeds), backend=backend)[1] if seeds else None
+        closest = assign(sample, torch.cat(seeds), backend)[1] if seeds else None
         gram = ops.gram(sample, backend=backend)
+        if sharp:
+            sharpened(gram, sample)
         seeds.append(sample[greedy(gram, count, sample_weights, rng, closest, trials(n_clusters))].float())
     return torch.cat(seeds)
 
@@ -90,7 +95,7 @@ def greedy(
         mass = torch.ones(n, device=gram.device) if closest is None else closest
         if w is not None:
             mass = mass * w
-        mass = mass.double().mul_(_MASS / mass.max().double().clamp_min(1e-300)).long().cumsum_(0)
+        mass = mass.double().mul_(_MASS / mass.max().double().clamp_min(1e-290)).long().cumsum_(0)
         # One candidate for the first seed: nothing is known yet that could choose between several.
         drawn = (draws[s, :1] if first else draws[s]) * mass[-1]
         candidates = torch.searchsorted(mass, drawn.long(), right=True).clamp_max_(n - 1)
@@ -106,7 +111,8 @@ def greedy(
 
 def at_random(n: int, n_clusters: int, weights: Tensor | None, rng: np.random.Generator) -> Tensor:
     """Indices of K different points, drawn in proportion to their weights."""
-    share = None if weights is None else (weights / weights.sum()).cpu().numpy()
+    share = None if weights is None else (weights / weights.max()).cpu().numpy()
+    share = None if share is None else share / share.sum()
     return torch.from_numpy(rng.choice(n, n_clusters, replace=False, p=share))
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pyfold import ops
 from pyfold.clustering.partition import canonical, labels_of
+from pyfold.clustering.problems import check_finite, tensor_of, weights_of
+from pyfold.ops import checks
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def cluster(
     *,
     n_clusters: int,
     gram: Tensor | None = None,
-    weights: Tensor | None = None,
+    weights: Tensor | np.ndarray[Any, Any] | None = None,
     overwrite_gram: bool = False,
     backend: str = "auto",
 ) -> Clustering:
@@ -63,7 +65,7 @@ def cluster(
         K, 1 <= K <= N.
     gram : Tensor, (N, N), float32, optional
         Instead of ``x``: any symmetric positive semidefinite matrix of inner products.
-    weights : Tensor, (N,), optional
+    weights : Tensor or ndarray, (N,), optional
         Positive point weights; ones by default.
     overwrite_gram : bool
         Let the call use ``gram`` as scratch instead of a copy (4 N² bytes less); its contents are the same afterwards.
@@ -88,8 +90,12 @@ def cluster(
     if (x is None) == (gram is None):
         raise TypeError("cluster: give either x= (features) or gram= (their inner products)")
     if x is not None:
-        gram = ops.gram(_features(x), backend=backend)
+        x = tensor_of("x", x)
+        check_finite(x)
+        checks.count(n_clusters, len(x))
+        gram = ops.gram(x.float() if x.dtype == torch.float64 else x, backend=backend)
     assert gram is not None
+    weights = None if weights is None else weights_of(weights, gram)
     _check_values(gram)
     if x is None and not overwrite_gram:
         gram = gram.clone()
@@ -98,7 +104,7 @@ def cluster(
     cut = labels_of(joins, gram.shape[0])
     labels, gains = ops.hartigan(gram, cut, n_clusters, weights=weights, backend=backend)
     labels = canonical(labels)
-    w = torch.ones((), dtype=torch.float64) if weights is None else weights.double()
+    w = torch.ones((), dtype=torch.float64) if weights is None else weights
     return Clustering(
         labels=labels,
         n_clusters=n_clusters,
@@ -108,18 +114,6 @@ def cluster(
         n_moves=len(gains),
         backend=backend,
     )
-
-
-def _features(x: Tensor | np.ndarray[Any, Any]) -> Tensor:
-    features = torch.as_tensor(x)
-    if features.dtype == torch.float64:
-        features = features.float()
-    if features.dim() == 2 and features.numel() and features.dtype in ops.FLOATS:
-        features = features.contiguous()
-        bad = ops.first_nonfinite(features)
-        if bad is not None:
-            raise ValueError(f"x: expected finite values, got {features.flatten()[bad]} at row {bad // features.shape[1]}")
-    return features
 
 
 def _check_values(gram: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -29,9 +30,11 @@ def problems(name: str, x: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], boo
 def per_problem(
     name: str, values: Tensor | Sequence[Tensor] | int | Sequence[int] | None, count: int, single: bool
 ) -> list[Any]:
-    """One value for each problem: a scalar serves all, None stands for itself."""
-    if single or values is None or isinstance(values, int):
+    """One value for each problem: a number serves all, None stands for itself."""
+    if single or values is None or isinstance(values, Integral):
         return [values] * count
+    if not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
+        raise TypeError(f"{name}: expected one for each of {count} problems, got {values!r}")
     listed = list(values)
     if len(listed) != count:
         raise ValueError(f"{name}: expected one for each of {count} problems, got {len(listed)}")
@@ -79,9 +82,11 @@ def result(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None
     return out
 
 
-def count(n_clusters: int, n: int) -> None:
-    if not 1 <= n_clusters <= n:
-        raise ValueError(f"n_clusters: expected 1 to {n} (the number of points), got {n_clusters}")
+def count(n_clusters: Any, n: int, what: str = "points") -> None:
+    if isinstance(n_clusters, bool) or not isinstance(n_clusters, Integral):
+        raise TypeError(f"n_clusters: expected an integer, got {n_clusters!r}")
+    if not 1 <= int(n_clusters) <= n:
+        raise ValueError(f"n_clusters: expected 1 to {n} (the number of {what}), got {n_clusters}")
 
 
 def labels(given: Tensor, n: int, n_clusters: int, like: Tensor) -> Tensor:
