@@ -29,7 +29,7 @@ def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the levels are x86-64's")
 @pytest.mark.parametrize(
     ("level", "sources", "flags"),
-    [("avx512", KERNELS, AVX512), ("amx", PRODUCTS, [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"])],
+    [("avx512", KERNELS, AVX512), ("amx", PRODUCTS, [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"])],
     ids=["avx512", "amx"],
 )
 def test_no_level_defines_a_symbol_that_the_linker_could_share(

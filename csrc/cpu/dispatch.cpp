@@ -19,8 +19,8 @@ namespace {
 // Linux gives a process the tile registers when it asks (since 5.16); every thread started later has them too.
 bool amx_granted() {
     unsigned a, b, c, d = 0;
-    constexpr unsigned kTiles = 1u << 24, kBf16 = 1u << 22;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTiles) == 0 || (d & kBf16) == 0) return false;
+    constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTiles | kInt8;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }

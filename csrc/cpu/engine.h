@@ -1,6 +1,19 @@
 // Packed points x packed points -> blocks of inner products, on the units that this level has for it.
 #pragma once
 
+#include "simd.h"
+
+namespace pyfold {
+namespace PYFOLD_SIMD {
+namespace {
+
+// What packed points stand for: bf16 numbers where both operands hold nothing else, which may be faster; fp32 otherwise.
+enum class Form { fp32, bf16 };
+
+}  // namespace
+}  // namespace PYFOLD_SIMD
+}  // namespace pyfold
+
 #if defined(__AMX_BF16__)
 #include "engine_amx.h"
 #else

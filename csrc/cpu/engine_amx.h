@@ -1,13 +1,12 @@
 // The product engine of AMX tiles: packed points x packed points -> blocks of inner products.
 //
-// The tiles multiply bf16 and sum in fp32. A number of 24 bits is the exact sum of three of bf16's 8 bits, x = x0 + x1 + x2,
-// each at most 2⁻⁸ of the one before; so x·y is six products, and the three left out are at most 2⁻²³ of |x| |y|:
-//     x0·y0 + (x0·y1 + x1·y0) + x1·y1 + (x0·y2 + x2·y0)
-// fp16 has 11 bits: two parts and four products are all. bf16 is one part. A coarse product keeps x0·y0 + (x0·y1 + x1·y0).
-//
-// x·y must be y·x bit for bit (permuting points permutes their Gram matrix). A tile product takes columns in pairs and sums
-// the even and the odd ones apart before it adds the two; so (x0·y1 + x1·y0) runs over pairs (x0, x1) against (y1, y0), and
-// swapping x and y swaps the even sum with the odd one. Hence the left and the right operand are packed differently.
+// fp32 (and fp16) points are multiplied as integers, exactly. Over a panel a point is x = v 2⁻ᵉ, with e such that the largest
+// |v| has 23 bits, and v = 2¹⁶ d0 + 2⁸ d1 + d2 in signed digits of 8 bits. The tiles multiply int8 and sum in int32:
+//     Σ v w = 2³² Σ d0 d0' + 2²⁴ Σ (d0 d1' + d1 d0') + 2¹⁶ Σ (d0 d2' + d1 d1' + d2 d0') + 2⁸ Σ (d1 d2' + d2 d1') + Σ d2 d2'
+// The last sum is left out, the others do not overflow within a panel. So a product is off by the rounding of x to v, at most
+// 2⁻²³ of the point's largest, and that of the three sums added in fp32; an FMA chain over the panel is off by more. Integer
+// sums have no order: x·y is y·x bit for bit, and so (one form, one sum) it is for bf16 points, which the tiles multiply as
+// they are and sum in fp32, pairs of columns at a time.
 #pragma once
 
 #include <immintrin.h>
@@ -19,57 +18,24 @@ namespace PYFOLD_SIMD {
 namespace {
 
 constexpr int64_t kBlock = 32;  // points: two tiles of 16
-constexpr int64_t kTile = 12;   // cache tile of 384 x 384 points: two operands of a chunk and fp32 sums take 1.3 MiB of L2
+constexpr int64_t kTile = 12;   // cache tile of 384 x 384 points: two operands of a panel take 1.2 MiB of L2
 constexpr bool kTwoForms = true;
 
-enum class Precision { full, coarse };
-// Of a coarse product, in units of the norms' product: x1·y1, x0·y2 and x2·y0 are at most 3 · 2⁻¹⁶; the rest is for fp32 sums.
-constexpr float kCoarseError = 1.0f / 16384;
+// A tile: 16 rows of 64 bytes, of the left operand a point each; the right operand's has its words transposed.
+constexpr int64_t kTileFloats = 256, kTilePoints = 16;
+constexpr int64_t kDigits = 3;
+static_assert(kBlock == 2 * kTilePoints, "a block of products is 2 x 2 tiles");
+static_assert((127 * 127 * 256 + 2 * 127 * 128) * kPanel < int64_t{1} << 31, "sums of a panel fit int32");
 
-// One term of the sum over parts: x_p · y_p, or x_p · y_q + x_q · y_p.
-struct Term {
-    int p, q;
-};
-struct Scheme {
-    int n_parts, n_terms;
-    Term terms[4];  // small ones first
-};
+// Steps of a panel, 64 bytes of a digit's or bf16's columns each.
+inline int64_t steps_of(Form form, int64_t width) { return form == Form::bf16 ? (width + 31) / 32 : (width + 63) / 64; }
 
-inline Scheme scheme_of(DType dtype, Precision precision) {
-    if (precision == Precision::coarse) return {2, 2, {{0, 1}, {0, 0}}};
-    if (dtype == DType::bf16) return {1, 1, {{0, 0}}};
-    if (dtype == DType::f16) return {2, 3, {{1, 1}, {0, 1}, {0, 0}}};
-    return {3, 4, {{0, 2}, {1, 1}, {0, 1}, {0, 0}}};
+// Packed floats of one block over one panel: [tile][step][digit], then for fp32 the points' exponents.
+inline int64_t tile_floats(Form form, int64_t width) {
+    return steps_of(form, width) * (form == Form::bf16 ? 1 : kDigits) * kTileFloats;
 }
-
-// A step is one tile product: 32 bf16 columns. A chunk of steps is multiplied at a time, with its left and right operand in
-// L1; between chunks the sums go through memory, which up to 16 steps is not worth it.
-constexpr int64_t kChunk = 8, kShort = 16;
-constexpr int64_t kTileFloats = 256, kStepFloats = 2 * kTileFloats;
-
-inline int64_t steps_of(DType dtype, Precision precision, int64_t width) {
-    const Scheme scheme = scheme_of(dtype, precision);
-    int64_t steps = 0;
-    for (int t = 0; t < scheme.n_terms; t++) steps += (scheme.terms[t].p == scheme.terms[t].q ? 1 : 2) * ((width + 31) / 32);
-    return steps;
-}
-
-inline int64_t chunk_of(int64_t steps) { return steps <= kShort ? steps : kChunk; }
-
-// Packed floats of one block over one panel.
-inline int64_t block_floats(DType dtype, Precision precision, int64_t width) {
-    return (steps_of(dtype, precision, width) + kChunk - 1) / kChunk * kChunk * kStepFloats;
-}
-inline int64_t buffer_floats() { return kTile * kTile * kBlock * kBlock; }
-
-struct Operand {
-    float* data;  // [chunk][block][step][16-point tile]
-    int64_t n_blocks;
-
-    float* step(int64_t block, int64_t s, int64_t chunk) const {
-        return data + ((s / chunk * n_blocks + block) * chunk + s % chunk) * kStepFloats;
-    }
-};
+inline int64_t block_floats(Form form, int64_t width) { return 2 * tile_floats(form, width) + kBlock; }
+inline int64_t buffer_floats() { return kBlock * kBlock; }
 
 struct Session {  // the tile configuration of a thread
     Session() {
@@ -106,120 +72,174 @@ inline void transpose(__m512i v[16]) {
     }
 }
 
-// One line of fp32 -> its bf16 parts.
-inline void split(const float* line, int64_t width, int n_parts, uint16_t (*parts)[kPanel]) {
-    for (int64_t k = 0; k < width; k += 16) {
-        __m512 rest = _mm512_loadu_ps(line + k);
-        for (int p = 0; p < n_parts; p++) {
-            const __m256i part = (__m256i)_mm512_cvtneps_pbh(rest);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(parts[p] + k), part);
-            rest = _mm512_sub_ps(rest, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16)));
-        }
+// One line of bf16 numbers -> a point's row in every step's tile.
+inline void pack_bf16(const float* line, int64_t steps, float* rows) {
+    for (int64_t step = 0; step < steps; step++, line += 32, rows += kTileFloats) {
+        const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(_mm512_loadu_ps(line)), 16);
+        const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(_mm512_loadu_ps(line + 16)), 16);
+        const __m512i words =
+            _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)), _mm512_cvtepi32_epi16(high), 1);
+        _mm512_storeu_si512(rows, words);
     }
 }
 
-inline __m512i interleave(const uint16_t* low, const uint16_t* high) {
-    const __m512i l = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
-    const __m512i h = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)));
-    return _mm512_or_si512(l, _mm512_slli_epi32(h, 16));
+// One line -> a point's digits, in every step's tiles; returns its exponent, NaN where a number is not finite.
+inline float pack_digits(const float* line, int64_t steps, float* rows) {
+    __m512i most = _mm512_setzero_si512();
+    for (int64_t k = 0; k < 64 * steps; k += 16)
+        most = _mm512_max_epu32(most, _mm512_slli_epi32(_mm512_castps_si512(_mm512_loadu_ps(line + k)), 1));
+    const uint32_t bits = _mm512_reduce_max_epu32(most) >> 1;
+    float exponent = 0;
+    if (bits >= 0x7f800000u) exponent = __builtin_nanf("");
+    if (bits > 0 && bits < 0x7f800000u) {
+        const __m128 largest = _mm_set_ss(bits_to_float(bits));
+        exponent = 22 - _mm_cvtss_f32(_mm_getexp_ss(largest, largest));
+        constexpr float kLargest = 0x7f7f7f;  // of three digits
+        if (_mm_cvtss_f32(_mm_scalef_ss(largest, _mm_set_ss(exponent))) > kLargest) exponent--;
+    }
+    const __m512 scale = _mm512_set1_ps(exponent);
+    const __m512i bias = _mm512_set1_epi32(0x808080);
+    for (int64_t step = 0; step < steps; step++, rows += kDigits * kTileFloats) {
+        __m128i digits[kDigits][4];
+        for (int64_t k = 0; k < 4; k++, line += 16) {
+            // Bytes of v + bias are digits + 128.
+            const __m512i v = _mm512_cvtps_epi32(_mm512_scalef_ps(_mm512_loadu_ps(line), scale));
+            const __m512i bytes = _mm512_xor_si512(_mm512_add_epi32(v, bias), bias);
+            digits[0][k] = _mm512_cvtepi32_epi8(_mm512_srli_epi32(bytes, 16));
+            digits[1][k] = _mm512_cvtepi32_epi8(_mm512_srli_epi32(bytes, 8));
+            digits[2][k] = _mm512_cvtepi32_epi8(bytes);
+        }
+        for (int64_t d = 0; d < kDigits; d++) memcpy(rows + d * kTileFloats, digits[d], 64);
+    }
+    return exponent;
 }
 
-// Points first .. first + kBlock of x, columns column .. column + width, as the left operand, the right one, or both; points
-// past N and columns past the width as zeros.
-void pack(const void* x, DType dtype, Precision precision, int64_t n, int64_t ld, bool transposed, int64_t first,
-          int64_t column, int64_t width, const Operand& left, const Operand& right, int64_t block) {
-    const Scheme scheme = scheme_of(dtype, precision);
-    const int64_t points = min_of(kBlock, n - first), padded = (width + 31) / 32 * 32;
-    alignas(64) uint16_t parts[kBlock][3][kPanel];
-    alignas(64) float line[kPanel];
-    if (transposed) {
-        alignas(64) float lines[kBlock][kPanel];
-        for (int64_t k = 0; k < padded; k++) {
+// Points first .. first + kBlock of x, columns column .. column + width, as the left operand, the right one, or both (the
+// other null); points past N and columns past the width as zeros.
+void pack(const void* x, DType dtype, Form form, int64_t n, int64_t ld, bool transposed, int64_t first, int64_t column,
+          int64_t width, float* left, float* right, int64_t block) {
+    constexpr int64_t kTiles = 2 * kDigits * kPanel / 64 + 1;  // of a block, and its exponents
+    alignas(64) float lines[kBlock][kPanel], unasked[kTiles * kTileFloats];
+    const int64_t points = min_of(kBlock, n - first), steps = steps_of(form, width), floats = tile_floats(form, width);
+    const int64_t padded = steps * (form == Form::bf16 ? 32 : 64);
+    float* rows = left ? left + block * block_floats(form, width) : unasked;
+    float* exponents = rows + 2 * floats;
+    if (transposed)
+        for (int64_t k = 0; k < width; k++) {
             float at_k[kBlock] = {};
-            if (k < width) read_floats(x, dtype, (column + k) * ld + first, points, at_k);
+            read_floats(x, dtype, (column + k) * ld + first, points, at_k);
             for (int64_t r = 0; r < kBlock; r++) lines[r][k] = at_k[r];
         }
-        for (int64_t r = 0; r < kBlock; r++) split(lines[r], padded, scheme.n_parts, parts[r]);
-    } else {
-        for (int64_t r = 0; r < kBlock; r++) {
-            const int64_t read = r < points ? width : 0;
-            if (read) read_floats(x, dtype, (first + r) * ld + column, width, line);
-            memset(line + read, 0, sizeof(float) * (padded - read));
-            split(line, padded, scheme.n_parts, parts[r]);
-        }
+    for (int64_t r = 0; r < kBlock; r++) {
+        const int64_t read = r < points ? width : 0;
+        if (!transposed && read) read_floats(x, dtype, (first + r) * ld + column, read, lines[r]);
+        memset(lines[r] + read, 0, sizeof(float) * (padded - read));
+        float* row = rows + r / kTilePoints * floats + r % kTilePoints * 16;
+        exponents[r] = 0;
+        if (form == Form::bf16)
+            pack_bf16(lines[r], steps, row);
+        else
+            exponents[r] = pack_digits(lines[r], steps, row);
     }
-    const int64_t chunk = chunk_of(steps_of(dtype, precision, width));
-    int64_t step = 0;
-    for (int t = 0; t < scheme.n_terms; t++) {
-        const auto [p, q] = scheme.terms[t];
-        const int64_t columns = p == q ? 32 : 16;  // of x in one step
-        for (int64_t k = 0; k < padded; k += columns, step++)
-            for (int64_t tile = 0; tile < 2; tile++) {
-                __m512i v[16];
-                if (left.data) {
-                    float* to = left.step(block, step, chunk) + tile * kTileFloats;
-                    for (int r = 0; r < 16; r++) {
-                        const uint16_t (*row)[kPanel] = parts[16 * tile + r];
-                        _mm512_store_si512(to + 16 * r,
-                                           p == q ? _mm512_loadu_si512(row[p] + k) : interleave(row[p] + k, row[q] + k));
-                    }
-                }
-                if (right.data) {
-                    float* to = right.step(block, step, chunk) + tile * kTileFloats;
-                    for (int r = 0; r < 16; r++) {
-                        const uint16_t (*row)[kPanel] = parts[16 * tile + r];
-                        v[r] = p == q ? _mm512_loadu_si512(row[p] + k) : interleave(row[q] + k, row[p] + k);
-                    }
-                    transpose(v);
-                    for (int r = 0; r < 16; r++) _mm512_store_si512(to + 16 * r, v[r]);
-                }
-            }
+    if (!right) return;
+    float* turned = right + block * block_floats(form, width);
+    memcpy(turned + 2 * floats, exponents, sizeof(float) * kBlock);
+    for (int64_t tile = 0; tile < 2 * floats; tile += kTileFloats) {
+        __m512i v[16];
+        for (int64_t r = 0; r < 16; r++) v[r] = _mm512_loadu_si512(rows + tile + 16 * r);
+        transpose(v);
+        for (int64_t r = 0; r < 16; r++) _mm512_store_si512(turned + tile + 16 * r, v[r]);
     }
+}
+
+// 16 x 16 products of fp32 points over a panel. A tile product waits for the one before it into the same sums: Σ d1 d1' + d2
+// d0' and Σ d0 d2' are kept apart.
+inline void multiply_digits(const float* a, const float* b, int64_t steps, const float* exponents, const float* exponents_b,
+                            float* products) {
+    constexpr int64_t kStep = kDigits * kTileFloats;
+    alignas(64) int32_t sums[5][kTileFloats];
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    for (int64_t step = 0; step < steps; step++, a += kStep, b += kStep) {
+        _tile_loadd(5, a, 64);
+        _tile_loadd(6, b, 64);
+        _tile_dpbssd(0, 5, 6);
+        _tile_loadd(7, b + kTileFloats, 64);
+        _tile_dpbssd(1, 5, 7);
+        _tile_loadd(5, a + kTileFloats, 64);
+        _tile_dpbssd(2, 5, 7);
+        _tile_dpbssd(1, 5, 6);
+        _tile_loadd(6, b + 2 * kTileFloats, 64);
+        _tile_dpbssd(4, 5, 6);
+        _tile_loadd(5, a, 64);
+        _tile_dpbssd(3, 5, 6);
+        _tile_loadd(5, a + 2 * kTileFloats, 64);
+        _tile_loadd(6, b, 64);
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(4, 5, 7);
+    }
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+    _tile_stored(4, sums[4], 64);
+    const __m512 columns = _mm512_loadu_ps(exponents_b);
+    for (int64_t r = 0; r < 16; r++, products += kBlock) {
+        __m512i sum[5];
+        for (int64_t t = 0; t < 5; t++) sum[t] = _mm512_load_si512(sums[t] + 16 * r);
+        const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(sum[0], 8), sum[1]);
+        const __m512i low = _mm512_add_epi32(_mm512_add_epi32(sum[2], sum[3]), _mm512_srai_epi32(sum[4], 8));
+        const __m512 value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256), _mm512_cvtepi32_ps(low));
+        const __m512 unit = _mm512_sub_ps(_mm512_set1_ps(16 - exponents[r]), columns);
+        _mm512_storeu_ps(products, _mm512_scalef_ps(value, unit));
+    }
+}
+
+// 32 x 32 products of bf16 points over a panel.
+inline void multiply_bf16(const float* a, const float* b, int64_t steps, float* products) {
+    const float *a1 = a + steps * kTileFloats, *b1 = b + steps * kTileFloats;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t at = 0; at < steps * kTileFloats; at += kTileFloats) {
+        _tile_loadd(4, a + at, 64);
+        _tile_loadd(6, b + at, 64);
+        _tile_loadd(5, a1 + at, 64);
+        _tile_loadd(7, b1 + at, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, products, 4 * kBlock);
+    _tile_stored(1, products + 16, 4 * kBlock);
+    _tile_stored(2, products + 16 * kBlock, 4 * kBlock);
+    _tile_stored(3, products + 16 * kBlock + 16, 4 * kBlock);
 }
 
 // Blocks [i0, i1) of the left operand with [j0, j1) of the right; sink(row, column, rows, products) gets `rows` x kBlock
-// products at a time. `upper` leaves out what lies wholly below the diagonal. `buffer` keeps fp32 sums between chunks.
+// products at a time. `upper` leaves out what lies wholly below the diagonal.
 template <class Sink>
-inline void multiply(const Operand& left, int64_t i0, int64_t i1, const Operand& right, int64_t j0, int64_t j1, DType dtype,
-                     Precision precision, int64_t width, bool upper, float* buffer, Sink sink) {
-    const int64_t steps = steps_of(dtype, precision, width);
-    const int64_t chunk = chunk_of(steps);
-    for (int64_t s0 = 0; s0 < steps; s0 += chunk) {
-        const int64_t length = min_of(chunk, steps - s0);
-        const bool last = s0 + length == steps, kept = steps > chunk;
-        for (int64_t i = i0; i < i1; i++)
-            for (int64_t j = upper && i > j0 ? i : j0; j < j1; j++) {
-                const float* a = left.step(i, s0, chunk);
-                const float* b = right.step(j, s0, chunk);
-                float* sums = buffer + (kept ? ((i - i0) * kTile + j - j0) * kBlock * kBlock : 0);
-                if (s0 == 0) {
-                    _tile_zero(0);
-                    _tile_zero(1);
-                    _tile_zero(2);
-                    _tile_zero(3);
-                } else {
-                    _tile_loadd(0, sums, 4 * kBlock);
-                    _tile_loadd(1, sums + 16, 4 * kBlock);
-                    _tile_loadd(2, sums + 16 * kBlock, 4 * kBlock);
-                    _tile_loadd(3, sums + 16 * kBlock + 16, 4 * kBlock);
+inline void multiply(const float* left, int64_t i0, int64_t i1, const float* right, int64_t j0, int64_t j1, Form form,
+                     int64_t width, bool upper, float* buffer, Sink sink) {
+    const int64_t steps = steps_of(form, width), floats = tile_floats(form, width), stride = block_floats(form, width);
+    for (int64_t i = i0; i < i1; i++)
+        for (int64_t j = upper && i > j0 ? i : j0; j < j1; j++) {
+            const float *a = left + i * stride, *b = right + j * stride;
+            if (form == Form::bf16)
+                multiply_bf16(a, b, steps, buffer);
+            else
+                for (int64_t t = 0; t < 4; t++) {
+                    const int64_t tj = t / 2, ti = tj ^ (t & 1);  // the next one shares an operand
+                    multiply_digits(a + ti * floats, b + tj * floats, steps, a + 2 * floats + ti * kTilePoints,
+                                    b + 2 * floats + tj * kTilePoints, buffer + (ti * kBlock + tj) * kTilePoints);
                 }
-                for (int64_t s = 0; s < length; s++, a += kStepFloats, b += kStepFloats) {
-                    _tile_loadd(4, a, 64);
-                    _tile_loadd(6, b, 64);
-                    _tile_loadd(5, a + kTileFloats, 64);
-                    _tile_loadd(7, b + kTileFloats, 64);
-                    _tile_dpbf16ps(0, 4, 6);
-                    _tile_dpbf16ps(1, 4, 7);
-                    _tile_dpbf16ps(2, 5, 6);
-                    _tile_dpbf16ps(3, 5, 7);
-                }
-                _tile_stored(0, sums, 4 * kBlock);
-                _tile_stored(1, sums + 16, 4 * kBlock);
-                _tile_stored(2, sums + 16 * kBlock, 4 * kBlock);
-                _tile_stored(3, sums + 16 * kBlock + 16, 4 * kBlock);
-                if (last) sink(i * kBlock, j * kBlock, kBlock, sums);
-            }
-    }
+            sink(i * kBlock, j * kBlock, kBlock, buffer);
+        }
 }
 
 }  // namespace

@@ -20,39 +20,31 @@ static_assert(kBlock % kMr == 0, "one packing serves rows and columns");
 constexpr int64_t kTile = 8;
 constexpr bool kTwoForms = false;  // left and right operands are packed alike
 
-enum class Precision { full, coarse };
-constexpr float kCoarseError = 0;  // of a coarse product, in units of the norms' product: here both are full
-
 #if defined(__AVX512BF16__)
-inline bool in_pairs(DType dtype, Precision precision) { return dtype == DType::bf16 && precision == Precision::full; }
+inline bool in_pairs(Form form) { return form == Form::bf16; }
 inline vfloat multiply_add(vfloat sum, float a, vfloat b, bool pairs) {
     if (!pairs) return sum + a * b;
     return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(float_to_bits(a))), (__m512bh)b);
 }
 #else
-inline bool in_pairs(DType, Precision) { return false; }
+inline bool in_pairs(Form) { return false; }
 inline vfloat multiply_add(vfloat sum, float a, vfloat b, bool) { return sum + a * b; }
 #endif
 
 // Packed floats of one block over one panel.
-inline int64_t block_floats(DType, Precision, int64_t) { return kBlock * kPanel; }
+inline int64_t block_floats(Form, int64_t) { return kBlock * kPanel; }
 inline int64_t buffer_floats() { return kMr * kBlock; }
-
-struct Operand {
-    float* data;
-    int64_t n_blocks;
-};
 
 struct Session {  // what a thread holds while it multiplies
     Session() {}
 };
 
 // Points first .. first + kBlock of x, columns column .. column + width, as [column][point]; points past N as zeros.
-void pack(const void* x, DType dtype, Precision precision, int64_t n, int64_t ld, bool transposed, int64_t first,
-          int64_t column, int64_t width, const Operand& out, const Operand&, int64_t block) {
-    float* to = out.data + block * kBlock * kPanel;
+void pack(const void* x, DType dtype, Form form, int64_t n, int64_t ld, bool transposed, int64_t first, int64_t column,
+          int64_t width, float* out, float*, int64_t block) {
+    float* to = out + block * kBlock * kPanel;
     const int64_t points = min_of(kBlock, n - first);
-    if (in_pairs(dtype, precision)) {  // as [pair of columns][point][2]
+    if (in_pairs(form)) {  // as [pair of columns][point][2]
         const uint16_t* from = static_cast<const uint16_t*>(x);
         uint16_t* pair = reinterpret_cast<uint16_t*>(to);
         memset(to, 0, sizeof(float) * kBlock * ((width + 1) / 2));
@@ -94,13 +86,13 @@ inline void micro(const float* a, const float* b, int64_t length, float* out) {
 // Blocks [i0, i1) of the left operand with [j0, j1) of the right; sink(row, column, rows, products) gets `rows` x kBlock
 // products at a time. `upper` leaves out what lies wholly below the diagonal.
 template <class Sink>
-inline void multiply(const Operand& left, int64_t i0, int64_t i1, const Operand& right, int64_t j0, int64_t j1, DType dtype,
-                     Precision precision, int64_t width, bool upper, float* buffer, Sink sink) {
+inline void multiply(const float* left, int64_t i0, int64_t i1, const float* right, int64_t j0, int64_t j1, Form form,
+                     int64_t width, bool upper, float* buffer, Sink sink) {
     for (int64_t i = i0 * kBlock; i < i1 * kBlock; i += kMr) {
-        const float* a = left.data + i / kBlock * kBlock * kPanel + i % kBlock;
+        const float* a = left + i / kBlock * kBlock * kPanel + i % kBlock;
         for (int64_t j = upper && i / kBlock > j0 ? i / kBlock : j0; j < j1; j++) {
-            const float* b = right.data + j * kBlock * kPanel;
-            if (in_pairs(dtype, precision))
+            const float* b = right + j * kBlock * kPanel;
+            if (in_pairs(form))
                 micro<true>(a, b, (width + 1) / 2, buffer);
             else
                 micro<false>(a, b, width, buffer);

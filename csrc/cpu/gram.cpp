@@ -12,10 +12,12 @@ namespace PYFOLD_SIMD {
 namespace {
 
 // Several panels are packed at once, and a cache tile of G visited once for all of them; as many as fit these bytes.
-constexpr int64_t kPackedBytes = int64_t{96} << 20;
+constexpr int64_t kPackedBytes = int64_t{40} << 20;
+
+inline Form form_of(DType dtype) { return dtype == DType::bf16 ? Form::bf16 : Form::fp32; }
 
 inline int64_t panel_floats(int64_t n, DType dtype) {
-    return blocks_of(n) * block_floats(dtype, Precision::full, kPanel) * (kTwoForms ? 2 : 1);
+    return blocks_of(n) * block_floats(form_of(dtype), kPanel) * (kTwoForms ? 2 : 1);
 }
 
 inline int64_t panels_at_once(int64_t n, int64_t d, DType dtype) {
@@ -48,16 +50,15 @@ void gram(const void* x, DType dtype, int64_t n, int64_t d, int64_t ld, bool tra
     const int64_t n_blocks = blocks_of(n), n_tiles = (n_blocks + kTile - 1) / kTile;
     const int64_t together = panels_at_once(n, d, dtype), stride = panel_floats(n, dtype);
     float* buffers = scratch + together * stride;
-    const auto left = [&](int64_t panel) { return Operand{scratch + panel * stride, n_blocks}; };
-    const auto right = [&](int64_t panel) {
-        return Operand{scratch + panel * stride + (kTwoForms ? stride / 2 : 0), n_blocks};
-    };
+    const auto left = [&](int64_t panel) { return scratch + panel * stride; };
+    const auto right = [&](int64_t panel) { return left(panel) + (kTwoForms ? stride / 2 : 0); };
+    const Form form = form_of(dtype);
     for (int64_t column = 0; column < d; column += together * kPanel) {
         const int64_t width = min_of(together * kPanel, d - column), n_panels = panels_of(width);
 #pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
         for (int64_t panel = 0; panel < n_panels; panel++)
             for (int64_t b = 0; b < n_blocks; b++)
-                pack(x, dtype, Precision::full, n, ld, transposed, b * kBlock, column + panel * kPanel,
+                pack(x, dtype, form, n, ld, transposed, b * kBlock, column + panel * kPanel,
                      min_of(kPanel, width - panel * kPanel), left(panel), right(panel), b);
 #pragma omp parallel num_threads(threads)
         {
@@ -70,8 +71,7 @@ void gram(const void* x, DType dtype, int64_t n, int64_t d, int64_t ld, bool tra
                     for (int64_t panel = 0; panel < n_panels; panel++) {
                         const bool replace = !accumulate && column + panel == 0;
                         multiply(left(panel), ti * kTile, min_of((ti + 1) * kTile, n_blocks), right(panel), tj * kTile,
-                                 min_of((tj + 1) * kTile, n_blocks), dtype, Precision::full,
-                                 min_of(kPanel, width - panel * kPanel), true, buffer,
+                                 min_of((tj + 1) * kTile, n_blocks), form, min_of(kPanel, width - panel * kPanel), true, buffer,
                                  [&](int64_t i, int64_t j, int64_t rows, const float* products) {
                                      add(out, n, i, j, rows, products, replace);
                                  });

@@ -23,7 +23,7 @@ REFINEMENTS = ("auto", "hartigan", "lloyd", None)
 SHARE = 0.8  # of the free bytes: the rest is for the caller, the allocator and what the model leaves out
 ITERATIONS = 20  # Lloyd passes taken for granted: the true number is known only afterwards
 # Scratch of the cpu kernels at most, on any engine: columns in a panel, bytes of panels packed together, rows of ``assign``.
-_PANEL, _PACKED, _ROWS = 512, 96 * 2**20, 384
+_PANEL, _PACKED, _ROWS = 512, 40 * 2**20, 384
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Rates:
 # cpu: one thread of a Xeon with AMX (CPU seconds of a busy machine). cuda: an H100's data sheet, not measured yet.
 RATES = {
     "cpu": Rates(
-        gram=1.1e11,
-        gram_low=3.5e11,
-        assign=2.1e11,
-        assign_low=2.5e11,
+        gram=3e11,
+        gram_low=3e11,  # of fp16; bf16 takes half the time
+        assign=2.7e11,
+        assign_low=2.7e11,
         points=1e7,
         bandwidth=1.0e10,
         lloyd=6e8,
@@ -159,7 +159,7 @@ def estimate(
     seconds += grams * (entries * d / gram_rate + 16 * entries / rates.bandwidth)
     memory += 4 * entries
     if grams:
-        a_panel = (12.0 if low else 24.0) * of_points * _PANEL
+        a_panel = 6.0 * of_points * _PANEL
         memory += min(max(_PACKED, a_panel), a_panel * panels / _PANEL)
     if regime == "gram":
         looks = passes * starts
