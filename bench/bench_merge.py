@@ -35,6 +35,8 @@ SIZES = {
     "small": Sizes(n=1376, hidden=512, keep=(0.8, 0.5), rounds=5),
 }
 CONTENDERS = ("merge", "copy", "allocating merge", "allocating copy")
+MATRICES = {"gate+up": (2, 0), "down": (0, 1), "gate+up+down": (2, 1)}  # how many by rows, by columns
+ASKED = ">= 0.8"  # of the whole layer in fp16
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -59,6 +61,7 @@ def measured(report: Report) -> Iterator[dict[tuple[str, str, int], dict[str, fl
                 "merge GB/s": merge,
                 "copy GB/s": copy,
                 "merge / copy": merge / copy,
+                "asked": ASKED if (matrices, dtype) == ("gate+up+down", "float16") else None,
                 "allocating merge GB/s": allocating_merge,
                 "allocating copy GB/s": allocating_copy,
                 "allocating merge / copy": allocating_merge / allocating_copy,
@@ -72,7 +75,7 @@ def measured(report: Report) -> Iterator[dict[tuple[str, str, int], dict[str, fl
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("kept", [0, 1], ids=["fold20", "fold50"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("matrices", ["gate+up", "down"])
+@pytest.mark.parametrize("matrices", MATRICES)
 def test_merge(
     benchmark: BenchmarkFixture,
     measured: dict[tuple[str, str, int], dict[str, float]],
@@ -85,20 +88,20 @@ def test_merge(
     n_clusters = int(sizes.keep[kept] * sizes.n)
     generator = torch.Generator().manual_seed(0)
     labels = make_labels(sizes.n, n_clusters, generator)
-    count = 2 if matrices == "gate+up" else 1
-    moved = count * (sizes.n + n_clusters) * sizes.hidden * DTYPES[dtype].itemsize
+    by_rows, by_columns = MATRICES[matrices]
+    moved = (by_rows + by_columns) * (sizes.n + n_clusters) * sizes.hidden * DTYPES[dtype].itemsize
 
     def weights(n: int) -> list[Tensor]:
-        shape = (n, sizes.hidden) if matrices == "gate+up" else (sizes.hidden, n)
-        return [torch.randn(shape, generator=generator).to(DTYPES[dtype]) for _ in range(count)]
+        shapes = by_rows * [(n, sizes.hidden)] + by_columns * [(sizes.hidden, n)]
+        return [torch.randn(shape, generator=generator).to(DTYPES[dtype]) for shape in shapes]
 
     if "merge" in contender:
-        merge = ops.merge_rows if matrices == "gate+up" else ops.merge_columns
+        merges = by_rows * [ops.merge_rows] + by_columns * [ops.merge_columns]
         sources = weights(sizes.n)
-        results = [merge(source, labels, n_clusters) for source in sources]
+        results = [merge(source, labels, n_clusters) for merge, source in zip(merges, sources, strict=True)]
 
         def action() -> None:
-            for source, result in zip(sources, results, strict=True):
+            for merge, source, result in zip(merges, sources, results, strict=True):
                 merge(source, labels, n_clusters, out=None if "allocating" in contender else result)
 
     else:
