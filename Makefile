@@ -20,7 +20,7 @@ test: $(VENV)/.built
 sanitize: $(VENV)/.installed
 	tests/sanitize/run
 
-# By hand, on an idle machine: the tables of bench/results. About twenty minutes; BENCHES=inertia, all peers run out, an hour.
+# By hand, on an idle machine: the tables of bench/results. About twenty minutes; BENCHES=inertia, all peers run out, half an hour.
 BENCHES ?= gram clustering after_gram kmeans regimes merge
 bench: $(VENV)/.built
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[bench]' --no-build-isolation

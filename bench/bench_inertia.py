@@ -1,6 +1,6 @@
 """Whose partition is tightest: pyfold, SciPy's Ward and three k-means, all run to their ends, labels judged by one function.
 
-Run by hand: ``pytest bench/bench_inertia.py [--scale small]``; full scale takes about an hour, nearly all of it the peers'. The
+Run by hand: ``pytest bench/bench_inertia.py [--scale small]``; full scale takes half an hour, nearly all of it the peers'. The
 labels of every contender are judged twice, on the fp32 rows and on those rounded to bf16; only pyfold's second run clustered
 the latter, no peer takes them. Seconds are for orientation: ``bench_clustering.py`` times.
 """
