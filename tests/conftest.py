@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -65,20 +66,18 @@ def tiny_model(family: str, *, n_layers: int = 3, width: int = 48, seed: int = 0
 
     transformers.utils.logging.disable_progress_bar()
     prefix = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
-    config = getattr(transformers, f"{prefix}Config")(
-        hidden_size=32,
-        intermediate_size=width,
-        num_hidden_layers=n_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=64,
-        max_position_embeddings=128,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        **options,
-    )
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": width,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 64,
+        "max_position_embeddings": 128,
+    }
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = getattr(transformers, f"{prefix}Config")(**{**sizes, **tokens, **options})
     torch.manual_seed(seed)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
     with torch.no_grad():
@@ -168,6 +167,16 @@ def shard_of(folder: Path, tensor: str) -> Path:
 
 def patch_json(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def link_as_the_hub_does(source: Path, repo: Path) -> tuple[Path, Path]:
+    """A checkpoint as the Hugging Face cache keeps it: (blobs, a snapshot of relative links to them)."""
+    blobs, snapshot = repo / "blobs", repo / "snapshots" / "0123abcd"
+    shutil.copytree(source, blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    return blobs, snapshot
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import UP, check_refused, patch_json, rewrite, shard_of, tiny_checkpoint, tree
+from conftest import UP, check_refused, link_as_the_hub_does, patch_json, rewrite, shard_of, tiny_checkpoint, tree
 
 from pyfold import cli
 from pyfold.io.checkpoint import INDEX
@@ -249,10 +249,7 @@ def test_bad_destinations(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "project" / "config.json").write_text('{"port": 80}')
     shutil.copytree(source, tmp_path / "repository")
     (tmp_path / "repository" / ".git").mkdir()
-    shutil.copytree(source, tmp_path / "target")
-    (tmp_path / "links").mkdir()
-    for file in (tmp_path / "target").iterdir():
-        (tmp_path / "links" / file.name).symlink_to(file)
+    blobs, snapshot = link_as_the_hub_does(source, tmp_path / "models--acme--tiny")
     (tmp_path / "dst5.pyfold-partial").symlink_to(tmp_path / "full")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     before = tree(tmp_path)
@@ -264,7 +261,7 @@ def test_bad_destinations(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (inside, tmp_path / "full", ["--overwrite"], ["holds no checkpoint"]),
         (inside, tmp_path / "project", ["--overwrite"], ["holds no checkpoint", "model_type"]),
         (inside, tmp_path / "repository", ["--overwrite"], ["folders in it (.git)"]),
-        (tmp_path / "links", tmp_path / "target", ["--overwrite"], ["in one another"]),
+        (snapshot, blobs, ["--overwrite"], ["in one another"]),
         (inside, tmp_path / "dst5", [], ["dst5.pyfold-partial", "did not make it"]),
         (inside, tmp_path / "loop", [], ["loop"]),
         (inside, Path(""), ["--overwrite"], ["the current folder"]),

@@ -47,7 +47,9 @@ def modeling_file(family: Family) -> str:
 
 def modules(config: dict[str, Any]) -> set[str]:
     """The files of custom code beside a config that it names."""
-    return {str(target).partition(".")[0] + ".py" for target in config.get("auto_map", {}).values() if "--" not in str(target)}
+    targets = config.get("auto_map", {}).values()
+    names = {name for target in targets for name in (target if isinstance(target, list) else [target]) if name}
+    return {name.partition(".")[0] + ".py" for name in names if "--" not in name}
 
 
 def has_own_modeling_file(folder: Path, families: dict[str, Family]) -> bool:
@@ -92,7 +94,7 @@ def patched_config(checkpoint: Checkpoint, family: Family, plan: Plan, dtype: st
         config["auto_map"] = {**config.get("auto_map", {}), **_auto_map(family)}
     elif config.get("architectures") == [f"{own}ForCausalLM"]:  # a per-layer source folded to one width
         config["architectures"] = [f"{family.class_prefix}ForCausalLM"]
-        config["auto_map"] = {key: value for key, value in config["auto_map"].items() if key not in _auto_map(family)}
+        config["auto_map"] = {key: value for key, value in config.get("auto_map", {}).items() if key not in _auto_map(family)}
         if not config["auto_map"]:
             del config["auto_map"]
     if dtype != "keep":

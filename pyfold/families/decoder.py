@@ -6,6 +6,7 @@ ride along), the columns of down_proj consume them.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,12 @@ class DecoderFamily:
         n_layers = _positive(checkpoint.config, "num_hidden_layers", config_path)
         overrides = {}
         for layer, values in checkpoint.config.get("per_layer_config", {}).items():
-            if not layer.isdecimal() or int(layer) >= n_layers or not isinstance(values, dict) or not values.keys() <= {_WIDTH}:
+            if (
+                not re.fullmatch("0|[1-9][0-9]{0,8}", layer)
+                or int(layer) >= n_layers
+                or not isinstance(values, dict)
+                or not values.keys() <= {_WIDTH}
+            ):
                 raise PyfoldError(f"{config_path}: per_layer_config may say {_WIDTH} of a layer, got {layer!r}: {values!r:.60}")
             overrides[int(layer)] = values
         # A checkpoint of the bare decoder (LlamaModel) has no "model." in front.

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pyfold.errors import PyfoldError
-from pyfold.io.safetensors import TensorInfo, read_header
+from pyfold.io import pytorch, safetensors
+from pyfold.io.safetensors import MAX_HEADER, TensorInfo
+from pyfold.io.strict_json import parse
 
 INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+Header = Callable[[Path], dict[str, TensorInfo]]
+# Single file, index of shards, what reads a header: in the order in which transformers looks for them.
+FORMATS: tuple[tuple[str, str, Header], ...] = (
+    ("model.safetensors", INDEX, safetensors.read_header),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json", pytorch.read_header),
+)
+# What config.json may not hold as anything else.
+_KINDS = {"model_type": str, "architectures": list, "auto_map": dict, "per_layer_config": dict, "quantization_config": dict}
 # Files beside the weights that a loader needs, or a licence asks to keep.
 COMPANIONS = (
     "generation_config.json",
@@ -72,34 +82,39 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     Raises
     ------
     PyfoldError
-        If there is no such checkpoint, a shard is missing, a header is corrupt, index and shards disagree, or the weights are
-        quantised.
+        If there is no such checkpoint, a shard is missing, a header is corrupt, index and shards disagree, a file of it leads
+        elsewhere (see :func:`_check_link`), or the weights are quantised.
     """
     path, hub_id = _resolve(source)
+    for pattern in ("config.json", "README.md", "*.py", *COMPANIONS):
+        for file in path.glob(pattern):
+            _check_link(file)
     config = read_json(path / "config.json")
-    for key, kind in (("model_type", str), ("auto_map", dict), ("per_layer_config", dict), ("quantization_config", dict)):
+    for key, kind in _KINDS.items():
         if not isinstance(config.get(key, kind()), kind) and config[key] is not None:
             raise PyfoldError(f"{path / 'config.json'}: expected {kind.__name__} for {key}, got {config[key]!r:.60}")
     config = {key: value for key, value in config.items() if value is not None or key not in ("auto_map", "per_layer_config")}
+    for target in (config.get("auto_map") or {}).values():
+        for name in target if isinstance(target, list) else [target]:
+            if name is not None and not re.fullmatch(
+                r"(\S+--)?[\w-]+\.\w+", str(name)
+            ):  # the module is a file beside config.json
+                raise PyfoldError(f"{path / 'config.json'}: expected MODULE.CLASS in auto_map, got {name!r:.60}")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown method")
         raise PyfoldError(
             f"{path / 'config.json'}: the weights are quantised (quantization_config: {method}); fold the full-precision "
             "checkpoint and quantise the result"
         )
-    if (path / SINGLE).exists():  # what transformers opens where there are both
-        tensors = read_header(path / SINGLE)
-    elif (path / INDEX).exists():
-        tensors = _sharded(path)
-    else:
-        raise PyfoldError(f"{path}: no {INDEX} and no {SINGLE}; convert the checkpoint to safetensors first")
+    tensors = _tensors(path)
     ordered = {name: tensors[name] for name in sorted(tensors, key=natural)}
     return Checkpoint(path, config, ordered, hub_id)
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts layers.2 before layers.10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+def natural(name: str) -> tuple[list[tuple[int, str]], str]:
+    """Sort key that puts layers.2 before layers.10: numbers by length, then by digits. The name itself parts 2 from 02."""
+    parts = ((part, part.lstrip("0")) for part in re.split(r"([0-9]+)", name) if part)
+    return [(len(number), number) if part[0] in "0123456789" else (-1, part) for part, number in parts], name
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -110,11 +125,13 @@ def read_json(path: Path) -> dict[str, Any]:
     PyfoldError
         If the file is missing or holds something else.
     """
+    if not path.is_file():  # a named pipe would keep a reader waiting for ever
+        raise PyfoldError(f"{path}: no such file; a checkpoint folder has one")
+    if path.stat().st_size > MAX_HEADER:
+        raise PyfoldError(f"{path}: more than {MAX_HEADER} bytes, which no checkpoint's JSON has")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PyfoldError(f"{path}: no such file; a checkpoint folder has one") from None
-    except (ValueError, RecursionError) as error:
+        value = parse(path.read_bytes())
+    except ValueError as error:
         raise PyfoldError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise PyfoldError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -132,37 +149,70 @@ def _resolve(source: str | Path) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["config.json", "*.safetensors", INDEX, "*.py", *COMPANIONS, "README.md"]
+    patterns = ["config.json", "*.py", *COMPANIONS, "README.md"]
     try:
         cached = Path(snapshot_download(str(source), allow_patterns=patterns, local_files_only=True))
-        if (cached / INDEX).exists() or (cached / SINGLE).exists():
+        if _format(cached):
             return cached, str(source)
     except LocalEntryNotFoundError:
         pass
     except HFValidationError:
         raise PyfoldError(f"{source}: no such folder, and not a Hugging Face model id (owner/name)") from None
     try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns)), str(source)
+        for weights in (["*.safetensors", INDEX], ["pytorch_model*.bin", "pytorch_model.bin.index.json"]):
+            path = Path(snapshot_download(str(source), allow_patterns=[*patterns, *weights]))
+            if _format(path):
+                break
+        return path, str(source)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PyfoldError(f"{source}: no such folder here, and not to be had from the Hugging Face hub: {reason}") from None
 
 
-def _sharded(path: Path) -> dict[str, TensorInfo]:
-    weight_map = read_json(path / INDEX).get("weight_map")
+def _format(path: Path) -> tuple[str, str, Header] | None:
+    """The first format whose single file or index a folder holds."""
+    return next((names for names in FORMATS if (path / names[0]).is_file() or (path / names[1]).is_file()), None)
+
+
+def _tensors(path: Path) -> dict[str, TensorInfo]:
+    found = _format(path)
+    if found is None:
+        names = " and no ".join(name for single, index, _ in FORMATS for name in (index, single))
+        raise PyfoldError(f"{path}: no {names}; a checkpoint folder has one of them")
+    single, index, read_header = found
+    if (path / single).is_file():
+        _check_link(path / single)
+        return read_header(path / single)
+    _check_link(path / index)
+    weight_map = read_json(path / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise PyfoldError(f"{path / INDEX}: no weight_map")
+        raise PyfoldError(f"{path / index}: no weight_map")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\\0"):
+            raise PyfoldError(f"{path / index}: '{shard}' (of tensor '{name}') is not the name of a shard beside it")
     tensors: dict[str, TensorInfo] = {}
-    for shard in sorted(set(map(str, weight_map.values()))):
-        if Path(shard).name != shard:
-            raise PyfoldError(f"{path / INDEX}: '{shard}' is not the name of a shard beside it")
-        if not (path / shard).exists():
-            raise PyfoldError(f"{path / shard}: missing, though {INDEX} lists it; download it again")
+    for shard in sorted(set(weight_map.values())):
+        if not os.path.isfile(path / shard):  # also for a name that is too long to be one, where Path.is_file raises
+            raise PyfoldError(f"{path / shard}: missing, though {index} lists it; download it again")
+        _check_link(path / shard)
         for name, info in read_header(path / shard).items():
             if weight_map.get(name) != shard:
-                raise PyfoldError(f"{path / shard}: tensor '{name}' is absent from {INDEX}; download the index again")
+                raise PyfoldError(f"{path / shard}: tensor '{name}' is absent from {index}; download the index again")
             tensors[name] = info
     for name, shard in weight_map.items():
         if name not in tensors:
-            raise PyfoldError(f"{path / shard}: tensor '{name}' is not in it, though {INDEX} says so; download it again")
+            raise PyfoldError(f"{path / shard}: tensor '{name}' is not in it, though {index} says so; download it again")
     return tensors
+
+
+def _check_link(file: Path) -> None:
+    """Refuse a symbolic link out of a checkpoint: a stranger's folder could have any file of this machine copied into a result.
+
+    A link may lead to a file below the checkpoint's own folder; and from ``REPO/snapshots/REVISION/`` into ``REPO/blobs/``, as the
+    Hugging Face cache lays them out. The folders themselves may lie behind links.
+    """
+    folder, target = file.parent.resolve(), Path(os.path.realpath(file))
+    snapshots = next((parent for parent in folder.parents if parent.name == "snapshots"), None)
+    allowed = [folder] if snapshots is None else [folder, snapshots.parent / "blobs"]
+    if not any(place in target.parents for place in allowed):
+        raise PyfoldError(f"{file}: a symbolic link out of the checkpoint, to {target}; put the file itself in its place")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyfold.errors import PyfoldError
+from pyfold.io.strict_json import parse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,9 @@ _TORCH_NAME = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
 # The safetensors package refuses larger headers.
-_MAX_HEADER = 100_000_000
+MAX_HEADER = 100_000_000
+# The most dimensions that torch and numpy share.
+MAX_DIM = 32
 # Linux transfers at most 2 GiB - 4 KiB a call.
 _MAX_TRANSFER = 1 << 30
 
@@ -78,39 +81,25 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER
-        if length > min(_MAX_HEADER, size - 8):
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER
+        if length > min(MAX_HEADER, size - 8):
             raise PyfoldError(f"{path}: not a safetensors file, or cut short in its header; download it again")
         blob = file.read(length)
+    tensors = {}
     try:
-        header = json.loads(blob.decode("utf-8"))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        tensors = {
-            name: TensorInfo(
-                name,
-                path,
-                str(entry["dtype"]),
-                tuple(int(extent) for extent in entry["shape"]),
-                8 + length + int(entry["data_offsets"][0]),
-                8 + length + int(entry["data_offsets"][1]),
-            )
-            for name, entry in entries.items()
-        }
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise PyfoldError(f"{path}: corrupt safetensors header ({type(error).__name__}: {error}); download it again") from None
+        header = parse(blob)
+        if not isinstance(header, dict):
+            raise ValueError(f"expected an object, got {type(header).__name__}")
+        for name, entry in header.items():
+            if name != "__metadata__":
+                tensors[name] = _place(name, entry, path, 8 + length)
+    except PyfoldError:
+        raise
+    except ValueError as error:
+        raise PyfoldError(f"{path}: corrupt safetensors header: {error}; download it again") from None
     for info in tensors.values():
-        if info.dtype not in ITEM_SIZE:
-            raise PyfoldError(f"{path}: tensor '{info.name}' has the dtype {info.dtype}, which pyfold does not know")
         if info.end > size:
             raise PyfoldError(f"{path}: cut short: tensor '{info.name}' ends at byte {info.end} of {size}; download it again")
-        if (
-            min(info.shape, default=0) < 0
-            or info.begin < 8 + length
-            or info.nbytes != info.n_parameters * ITEM_SIZE[info.dtype]
-        ):
-            raise PyfoldError(
-                f"{path}: corrupt safetensors header: tensor '{info.name}' has {info.nbytes} bytes for shape {list(info.shape)}"
-            )
     end = 8 + length
     for info in sorted(tensors.values(), key=lambda info: (info.begin, info.end)):
         if info.begin != end:
@@ -121,6 +110,37 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if end != size:
         raise PyfoldError(f"{path}: corrupt: {size - end} bytes after the last tensor; download it again")
     return tensors
+
+
+def _place(name: str, entry: Any, path: Path, start: int) -> TensorInfo:
+    """One entry of a header whose data starts at byte ``start``. Raises ValueError for what cannot be a tensor."""
+    keys = ("dtype", "shape", "data_offsets")
+    if not isinstance(entry, dict) or not all(key in entry for key in keys):
+        raise ValueError(f"tensor '{name}' has no {', '.join(keys)}")
+    dtype, shape, offsets = (entry[key] for key in keys)
+    if not isinstance(dtype, str):
+        raise ValueError(f"tensor '{name}' has the dtype {dtype!r:.60}")
+    if dtype not in ITEM_SIZE:
+        raise PyfoldError(f"{path}: tensor '{name}' has the dtype {dtype}, which pyfold does not know")
+    nbytes = count(name, shape) * ITEM_SIZE[dtype]
+    if not is_sizes(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
+        raise ValueError(f"tensor '{name}' has {nbytes} bytes by shape {shape} and dtype {dtype}, but data_offsets {offsets}")
+    return TensorInfo(name, path, dtype, tuple(shape), start + offsets[0], start + offsets[1])
+
+
+def is_sizes(value: Any) -> bool:
+    """Whether a file's value is a sequence of integers from 0 to 2^63 - 1 (True and 1.0 are none)."""
+    return isinstance(value, (list, tuple)) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
+
+
+def count(name: str, shape: Any) -> int:
+    """The number of elements of a file's shape. Raises ValueError for a shape that no tensor can have."""
+    if not is_sizes(shape) or len(shape) > MAX_DIM:
+        raise ValueError(f"tensor '{name}' has the shape {shape}")
+    elements = prod(max(extent, 1) for extent in shape)  # strides are products of the other extents, also where one is 0
+    if elements >= 1 << 60:
+        raise ValueError(f"tensor '{name}' has the shape {shape}, too large for any file")
+    return 0 if 0 in shape else elements
 
 
 def read_bytes(file: int, path: Path, offset: int, buffer: memoryview) -> None:
