@@ -190,11 +190,13 @@ def _tensors(path: Path) -> dict[str, TensorInfo]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\\0"):
             raise PyfoldError(f"{path / index}: '{shard}' (of tensor '{name}') is not the name of a shard beside it")
-    tensors: dict[str, TensorInfo] = {}
-    for shard in sorted(set(weight_map.values())):
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
         if not os.path.isfile(path / shard):  # also for a name that is too long to be one, where Path.is_file raises
             raise PyfoldError(f"{path / shard}: missing, though {index} lists it; download it again")
         _check_link(path / shard)
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
         for name, info in read_header(path / shard).items():
             if weight_map.get(name) != shard:
                 raise PyfoldError(f"{path / shard}: tensor '{name}' is absent from {index}; download the index again")
@@ -208,8 +210,8 @@ def _tensors(path: Path) -> dict[str, TensorInfo]:
 def _check_link(file: Path) -> None:
     """Refuse a symbolic link out of a checkpoint: a stranger's folder could have any file of this machine copied into a result.
 
-    A link may lead to a file below the checkpoint's own folder; and from ``REPO/snapshots/REVISION/`` into ``REPO/blobs/``, as the
-    Hugging Face cache lays them out. The folders themselves may lie behind links.
+    A link may lead to a file below the checkpoint's own folder; and from ``REPO/snapshots/REVISION/`` into ``REPO/blobs/``, as
+    the Hugging Face cache lays them out. The folders themselves may lie behind links.
     """
     folder, target = file.parent.resolve(), Path(os.path.realpath(file))
     snapshots = next((parent for parent in folder.parents if parent.name == "snapshots"), None)

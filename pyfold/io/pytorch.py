@@ -117,7 +117,7 @@ def _entries(path: Path) -> tuple[dict[str, tuple[int, int]], bytes]:
                 )
             places[name] = (begin, begin + member.file_size)
         roots = [name.removesuffix("data.pkl") for name in places if name.endswith("/data.pkl")]
-        if len(roots) != 1 or roots[0] + "constants.pkl" in places:
+        if len(roots) != 1:
             raise PyfoldError(f"{path}: a zip, but not of a state dict saved by torch.save; {_CONVERT}")
         root = roots[0]
         begin, end = places[root + "data.pkl"]
