@@ -190,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
         "trust_remote_code=True.",
         epilog="Example: pyfold fold ./model ./model-folded --ratio 0.2 --layers 14-17",
     )
-    fold.add_argument("source", metavar="SRC", help="checkpoint folder (safetensors) or Hugging Face model id")
+    fold.add_argument("source", metavar="SRC", help="checkpoint folder or Hugging Face model id")
     fold.add_argument("destination", metavar="DST", help="folder to write; must be absent or empty")
     _width_options(fold, required=True)
     fold.add_argument("--dtype", default="keep", help="keep (default), float32, float16 or bfloat16")
@@ -210,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Show the architecture of SRC, its fold groups with widths and parameters, and what a fold would leave.",
         epilog="Example: pyfold inspect ./model --ratio 0.2 --multiple-of 256",
     )
-    inspect.add_argument("source", metavar="SRC", help="checkpoint folder (safetensors) or Hugging Face model id")
+    inspect.add_argument("source", metavar="SRC", help="checkpoint folder or Hugging Face model id")
     _width_options(inspect, required=False)
     _common_options(inspect)
     inspect.set_defaults(run=_inspect)

@@ -239,6 +239,51 @@ def test_bad_options(
     assert not list(tmp_path.iterdir())
 
 
+def entry(shape: str = "[4]", offsets: str = "[0,16]", dtype: str = '"F32"') -> str:
+    return f'{{"a":{{"dtype":{dtype},"shape":{shape},"data_offsets":{offsets}}}}}'
+
+
+BIG = 2**62
+# A header's text, and what the one line must say.
+BAD_HEADERS = [
+    (entry(f"[{BIG},{BIG}]"), "too large for any file"),
+    (entry(f"[0,{BIG},{BIG}]", "[0,0]"), "too large for any file"),
+    (entry(f"[{'9' * 4000}]"), "'a' has the shape"),
+    (entry(f"[{'9' * 5000}]"), "4300 digits"),
+    (entry(f"[{'1,' * 5000}1]"), "'a' has the shape"),
+    (entry("[-2,-2]"), "shape [-2, -2]"),
+    (entry("[true,4]"), "shape [True, 4]"),
+    (entry("[4.0]"), "shape [4.0]"),
+    (entry('["4"]'), "shape ['4']"),
+    (entry('{"4":1}'), "shape {'4': 1}"),
+    (entry(offsets="[-16,0]"), "data_offsets [-16, 0]"),
+    (entry(offsets="[0,16,32]"), "data_offsets [0, 16, 32]"),
+    (entry(offsets=f"[{BIG},{BIG + 16}]"), "cut short"),
+    (entry(dtype='["F32"]'), "dtype ['F32']"),
+    (entry(dtype='"F4"'), "which pyfold does not know"),
+    (entry(shape='[4],"shape":[4]'), "'shape' is there twice"),
+    ('{"a":{"shape":[4],"data_offsets":[0,16]}}', "'a' has no dtype, shape, data_offsets"),
+    ('{"a":null,"a":null}', "'a' is there twice"),
+    ('{"a":NaN}', "not a finite number"),
+    ('{"a":1e999}', "not a finite number"),
+    ('{"\\ud800":1}', "surrogates not allowed"),
+    (f'{{"a":{"[" * 80 + "]" * 80}}}', "nested too deeply"),
+    (f'{{"a":{"[" * 100_000 + "]" * 100_000}}}', "nested too deeply"),
+    ('{"__metadata__":"pt"}', "__metadata__"),
+    ("[1]", "expected an object, got list"),
+    ('{"\\u001b[31m\\n":1}', "'\\x1b[31m\\n'"),
+]
+
+
+@pytest.mark.parametrize(("header", "says"), BAD_HEADERS, ids=[f"{header:.60}" for header, _ in BAD_HEADERS])
+def test_bad_headers(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], header: str, says: str) -> None:
+    bad = tmp_path / "src"
+    shutil.copytree(source, bad)
+    (bad / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(16))
+    code = cli.main(["inspect", str(bad)])
+    check_refused(code, capsys.readouterr().err, ["model.safetensors", says])
+
+
 def test_bad_destinations(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inside = tmp_path / "src"
     shutil.copytree(source, inside)

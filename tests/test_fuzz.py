@@ -90,6 +90,8 @@ def json_texts(draw: st.DrawFn, value: Any) -> bytes:
     raw: list[str] = []
     for _ in range(draw(st.integers(1, 3))):
         places = list(_places(value))
+        if isinstance(value, dict) and draw(st.booleans()):
+            places = [(value, key) for key in value]
         if not places:
             break
         container, key = draw(st.sampled_from(places))

@@ -90,9 +90,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         header = parse(blob)
         if not isinstance(header, dict):
             raise ValueError(f"expected an object, got {type(header).__name__}")
+        metadata = header.pop("__metadata__", None)
+        if metadata is not None and not (isinstance(metadata, dict) and all(type(value) is str for value in metadata.values())):
+            raise ValueError("__metadata__ is no object of strings")
         for name, entry in header.items():
-            if name != "__metadata__":
-                tensors[name] = _place(name, entry, path, 8 + length)
+            tensors[name] = _place(name, entry, path, 8 + length)
     except PyfoldError:
         raise
     except ValueError as error:
