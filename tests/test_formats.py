@@ -219,7 +219,7 @@ REFUSED: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("plain pickle", lambda file: file.write_bytes(pickle.dumps({"a": 1})), ["not a file of torch.save"]),
     ("empty", lambda file: file.write_bytes(b""), ["not a file of torch.save"]),
     ("cut", lambda file: os.truncate(file, file.stat().st_size - 1000), ["cut short"]),
-    ("other zip", lambda file: zipfile.ZipFile(file, "w").close(), ["not of a state dict"]),
+    ("other zip", lambda file: zipfile.ZipFile(file, "w").writestr("a.txt", ""), ["not of a state dict"]),
     ("two keys", lambda file: set_pickle(file, b"\x80\x02}(X\x01\0\0\0aNX\x01\0\0\0aNu."), ["'a' is there twice"]),
 ]
 
@@ -323,6 +323,19 @@ def test_custom_code_lies_beside_the_config(source: Path, tmp_path: Path, target
     patch_json(bad / "config.json", auto_map={"AutoModel": target})
     with pytest.raises(PyfoldError, match=r"config.json: expected MODULE.CLASS in auto_map"):
         open_checkpoint(bad)
+
+
+def test_a_model_card_of_aliases_or_brackets(source: Path, tmp_path: Path) -> None:
+    """2^40 words once its aliases are written out, and YAML nested beyond Python's stack."""
+    bad = tmp_path / "src"
+    shutil.copytree(source, bad)
+    lines = [f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]" for i in range(40)]
+    (bad / "README.md").write_text("\n".join(["---", "a0: &a0 [x, x]", *lines, "license: *a40", "---", ""]))
+    pyfold.fold_checkpoint(bad, tmp_path / "dst", ratio=0.25)
+    assert "license" not in (tmp_path / "dst" / "README.md").read_text()
+    (bad / "README.md").write_text(f"---\nlicense: {'[' * 5000}\n---\n")
+    with pytest.raises(PyfoldError, match="front matter"):
+        pyfold.fold_checkpoint(bad, tmp_path / "dst2", ratio=0.25)
 
 
 def test_the_hub_is_asked_for_bin_only_without_safetensors(

@@ -318,7 +318,7 @@ def read_by_others(source: Path, file: str, data: bytes) -> dict[str, torch.Tens
     from safetensors.torch import load_file
 
     if file == BIN:
-        return torch.load(source / BIN, weights_only=True)
+        return torch.load(source / BIN, map_location="cpu", weights_only=True)
     if file == INDEX:
         shards = set(json.loads(data)["weight_map"].values())
         return {name: tensor for shard in shards for name, tensor in load_file(source / shard).items()}

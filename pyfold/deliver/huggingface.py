@@ -184,8 +184,11 @@ def source_license(checkpoint: Checkpoint) -> Any:
     from yaml import YAMLError
 
     try:
-        return (metadata_load(card) or {}).get("license")
-    except (YAMLError, ValueError, AttributeError) as error:
+        license = (metadata_load(card) or {}).get("license")
+    except (YAMLError, ValueError, AttributeError, RecursionError) as error:
         raise PyfoldError(
             f"{card}: its front matter is not valid YAML ({str(error).splitlines()[0]}); mend or remove it"
         ) from None
+    # Anything else is no licence, and aliases of aliases would fill the disk once written out.
+    texts = license if isinstance(license, list) else [license]
+    return license if all(isinstance(text, str) for text in texts) else None

@@ -29,6 +29,7 @@ _PARAMETER = "torch._utils _rebuild_parameter"
 # A state dict of 100,000 tensors takes 12 MB.
 _MAX_PICKLE = 1 << 25
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+_ENTRY = b"PK\3\4"
 _CONVERT = "load it with torch and save its tensors as safetensors"
 
 
@@ -90,8 +91,11 @@ def _entries(path: Path) -> tuple[dict[str, tuple[int, int]], bytes]:
     """(begin, end) of every storage, by its key, and the pickle."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        if file.read(len(_LEGACY)) == _LEGACY:
+        start = file.read(len(_LEGACY))
+        if start == _LEGACY:
             raise PyfoldError(f"{path}: saved in the format of torch before 1.6; {_CONVERT}")
+        if start[:4] != _ENTRY:  # zipfile would pass over what stands before
+            raise PyfoldError(f"{path}: not a file of torch.save; download it again")
         try:
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
@@ -108,7 +112,7 @@ def _entries(path: Path) -> tuple[dict[str, tuple[int, int]], bytes]:
                 raise PyfoldError(f"{path}: its entry {name} is compressed or encrypted; {_CONVERT}")
             file.seek(min(max(member.header_offset, 0), size))
             local = file.read(30)
-            if len(local) < 30 or local[:4] != b"PK\3\4" or member.compress_size != member.file_size or name in places:
+            if len(local) < 30 or local[:4] != _ENTRY or member.compress_size != member.file_size or name in places:
                 raise PyfoldError(f"{path}: corrupt zip: no place for its entry {name}; download it again")
             begin = member.header_offset + 30 + sum(struct.unpack("<HH", local[26:]))
             if begin + member.file_size > size:
@@ -159,70 +163,74 @@ class _Interpreter:
 
     def __init__(self, entries: dict[str, tuple[int, int]]) -> None:
         self._entries = entries
-        self._stack: list[Any] = []
-        self._marks: list[int] = []
+        self._stack: list[Any] = []  # above the last mark
+        self._below: list[list[Any]] = []  # under each mark: what a step after it cannot reach
         self._memo: dict[int, Any] = {}
 
     def run(self, pickle: bytes) -> Any:
-        push, pop = self._stack.append, self._stack.pop
         arg: Any
         for opcode, arg, _ in pickletools.genops(pickle):
-            match opcode.name:
-                case "PROTO":
-                    pass
-                case "STOP":
-                    return pop()
-                case "GLOBAL":
-                    push(self._global(arg))
-                case "BINPUT" | "LONG_BINPUT":
-                    self._memo[arg] = self._stack[-1]
-                case "BINGET" | "LONG_BINGET":
-                    push(self._memo[arg])
-                case "BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
-                    push(arg)
-                case "NONE":
-                    push(None)
-                case "NEWTRUE" | "NEWFALSE":
-                    push(opcode.name == "NEWTRUE")
-                case "MARK":
-                    self._marks.append(len(self._stack))
-                case "EMPTY_TUPLE":
-                    push(())
-                case "TUPLE":
-                    push(tuple(self._above_mark()))
-                case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                    push(tuple(reversed([pop() for _ in range(int(opcode.name[-1]))])))
-                case "EMPTY_LIST":
-                    push([])
-                case "APPEND":
-                    item = pop()
-                    _expect(self._stack[-1], list).append(item)
-                case "APPENDS":
-                    items = self._above_mark()
-                    _expect(self._stack[-1], list).extend(items)
-                case "EMPTY_DICT":
-                    push({})
-                case "SETITEM":
-                    value, key = pop(), pop()
-                    self._set([key, value])
-                case "SETITEMS":
-                    self._set(self._above_mark())
-                case "BINPERSID":
-                    push(self._storage(pop()))
-                case "REDUCE":
-                    args, function = pop(), pop()
-                    push(self._call(function, args))
-                case "BUILD":  # attributes of an OrderedDict: the modules' versions
-                    pop()
-                    _expect(self._stack[-1], dict)
-                case name:
-                    raise _Unsupported(f"its pickle has the opcode {name}, which no state dict needs")
+            if opcode.name == "STOP":
+                return self._stack.pop()
+            self._step(opcode.name, arg)
         raise ValueError("it has no end")
 
+    def _step(self, opcode: str, arg: Any) -> None:
+        push, pop = self._stack.append, self._stack.pop
+        match opcode:
+            case "PROTO":
+                pass
+            case "GLOBAL":
+                push(self._global(arg))
+            case "BINPUT" | "LONG_BINPUT":
+                self._memo[arg] = self._stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                push(self._memo[arg])
+            case "BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
+                push(arg)
+            case "NONE":
+                push(None)
+            case "NEWTRUE" | "NEWFALSE":
+                push(opcode == "NEWTRUE")
+            case "MARK":
+                self._below.append(self._stack)
+                self._stack = []
+            case "EMPTY_TUPLE":
+                push(())
+            case "TUPLE":
+                items = self._above_mark()
+                self._stack.append(tuple(items))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                push(tuple(reversed([pop() for _ in range(int(opcode[-1]))])))
+            case "EMPTY_LIST":
+                push([])
+            case "APPEND":
+                item = pop()
+                _expect(self._stack[-1], list).append(item)
+            case "APPENDS":
+                items = self._above_mark()
+                _expect(self._stack[-1], list).extend(items)
+            case "EMPTY_DICT":
+                push({})
+            case "SETITEM":
+                value, key = pop(), pop()
+                self._set([key, value])
+            case "SETITEMS":
+                items = self._above_mark()
+                self._set(items)
+            case "BINPERSID":
+                push(self._storage(pop()))
+            case "REDUCE":
+                args, function = pop(), pop()
+                push(self._call(function, args))
+            case "BUILD":  # attributes of an OrderedDict: the modules' versions
+                pop()
+                _expect(self._stack[-1], dict)
+            case _:
+                raise _Unsupported(f"its pickle has the opcode {opcode}, which no state dict needs")
+
     def _above_mark(self) -> list[Any]:
-        at = self._marks.pop()
-        items = self._stack[at:]
-        del self._stack[at:]
+        items, self._stack = self._stack, self._below.pop()
         return items
 
     def _set(self, pairs: list[Any]) -> None:
