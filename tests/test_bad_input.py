@@ -152,6 +152,19 @@ def auto_map_text(folder: Path) -> None:
     patch_json(folder / "config.json", auto_map="x")
 
 
+def architectures_number(folder: Path) -> None:
+    patch_json(folder / "config.json", architectures=3)
+
+
+def per_layer_digits(folder: Path) -> None:
+    patch_json(folder / "config.json", per_layer_config={"9" * 5000: {"intermediate_size": 48}})
+
+
+def two_widths(folder: Path) -> None:
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("{", '{"intermediate_size": 24,', 1))
+
+
 def odd_weight_map(folder: Path) -> None:
     patch_json(folder / INDEX, weight_map={"a": [1], "b": 3, "c": "x"})
 
@@ -183,6 +196,9 @@ BAD_SOURCES = [
     (quantised_oddly, ["config.json", "quantization_config", "'gptq'"]),
     (model_type_list, ["config.json", "model_type", "[1]"]),
     (auto_map_text, ["config.json", "auto_map", "'x'"]),
+    (architectures_number, ["config.json", "architectures", "3"]),
+    (per_layer_digits, ["config.json", "per_layer_config"]),
+    (two_widths, ["config.json", "'intermediate_size' is there twice"]),
     (odd_weight_map, ["src"]),
     (endless_numbers, ["model-0000", "corrupt safetensors header"]),
     (no_weights, ["src", "no model.safetensors.index.json and no model.safetensors"]),

@@ -84,3 +84,5 @@ def test_natural_order() -> None:
         "layers.2.b",
         "layers.10.a",
     ]
+    names = ["a1", "a01", "a001", "a²", "a" + "9" * 5000, "a", ""]
+    assert sorted(names, key=natural) == sorted(reversed(names), key=natural) == ["", "a", "a001", "a01", "a1", names[4], "a²"]

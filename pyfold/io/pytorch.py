@@ -13,7 +13,7 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pyfold.errors import PyfoldError
 from pyfold.io.safetensors import ITEM_SIZE, TensorInfo, count, is_sizes
@@ -74,7 +74,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             if not isinstance(name, str) or name == "__metadata__" or not isinstance(tensor, _Tensor):
                 kind = type(tensor).__name__.lstrip("_")
                 raise _Unsupported(f"its entry {name!r:.200} is a {kind}, and not a tensor that safetensors can name")
-            name.encode("utf-8")
+            name.encode("utf-8")  # half a surrogate pair is a ValueError
             tensors[name] = _place(name, tensor, path)
     except _Unsupported as error:
         raise PyfoldError(f"{path}: {error}; {_CONVERT}") from None
@@ -89,53 +89,57 @@ class _Unsupported(Exception):
 
 def _entries(path: Path) -> tuple[dict[str, tuple[int, int]], bytes]:
     """(begin, end) of every storage, by its key, and the pickle."""
-    size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(len(_LEGACY))
-        if start == _LEGACY:
-            raise PyfoldError(f"{path}: saved in the format of torch before 1.6; {_CONVERT}")
-        if start[:4] != _ENTRY:  # zipfile would pass over what stands before
-            raise PyfoldError(f"{path}: not a file of torch.save; download it again")
-        try:
-            with zipfile.ZipFile(file) as archive:
-                members = archive.infolist()
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # which a seek to before the file gives
-                raise
-            raise PyfoldError(f"{path}: not a file of torch.save, or cut short; download it again") from None
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OverflowError, struct.error):
-            raise PyfoldError(f"{path}: not a file of torch.save, or cut short; download it again") from None
-        places = {}
-        for member in members:
-            name = member.filename
-            if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
-                raise PyfoldError(f"{path}: its entry {name} is compressed or encrypted; {_CONVERT}")
-            file.seek(min(max(member.header_offset, 0), size))
-            local = file.read(30)
-            if len(local) < 30 or local[:4] != _ENTRY or member.compress_size != member.file_size or name in places:
-                raise PyfoldError(f"{path}: corrupt zip: no place for its entry {name}; download it again")
-            begin = member.header_offset + 30 + sum(struct.unpack("<HH", local[26:]))
-            if begin + member.file_size > size:
-                raise PyfoldError(
-                    f"{path}: cut short: {name} ends at byte {begin + member.file_size} of {size}; download it again"
-                )
-            places[name] = (begin, begin + member.file_size)
-        roots = [name.removesuffix("data.pkl") for name in places if name.endswith("/data.pkl")]
-        if len(roots) != 1:
-            raise PyfoldError(f"{path}: a zip, but not of a state dict saved by torch.save; {_CONVERT}")
-        root = roots[0]
-        begin, end = places[root + "data.pkl"]
-        if end - begin > _MAX_PICKLE:
-            raise PyfoldError(f"{path}: its pickle has {end - begin} bytes; at most {_MAX_PICKLE} are read; {_CONVERT}")
-        file.seek(begin)
-        pickle = file.read(end - begin)
-        if root + "byteorder" in places:
-            begin, end = places[root + "byteorder"]
+        places = _zip_places(file, path)
+
+        def read(name: str, limit: int) -> bytes:
+            begin, end = places[name]
+            if end - begin > limit:
+                raise PyfoldError(f"{path}: its {name} has {end - begin} bytes; at most {limit} are read; {_CONVERT}")
             file.seek(begin)
-            if file.read(min(end - begin, 16)) != b"little":
-                raise PyfoldError(f"{path}: its numbers are not little-endian; {_CONVERT}")
+            return file.read(end - begin)
+
+        roots = [name.removesuffix("data.pkl") for name in places if name.endswith("/data.pkl")]
+        root = roots[0] if len(roots) == 1 else ""
+        if not root or root + "version" not in places or not all(name.startswith(root) for name in places):
+            raise PyfoldError(f"{path}: a zip, but not of a state dict saved by torch.save; {_CONVERT}")
+        pickle = read(root + "data.pkl", _MAX_PICKLE)
+        if root + "byteorder" in places and read(root + "byteorder", 16) != b"little":
+            raise PyfoldError(f"{path}: its numbers are not little-endian; {_CONVERT}")
     data = root + "data/"
     return {name.removeprefix(data): place for name, place in places.items() if name.startswith(data)}, pickle
+
+
+def _zip_places(file: BinaryIO, path: Path) -> dict[str, tuple[int, int]]:
+    """(begin, end) of every entry of a zip, all of them stored as they are."""
+    size = path.stat().st_size
+    start = file.read(len(_LEGACY))
+    if start == _LEGACY:
+        raise PyfoldError(f"{path}: saved in the format of torch before 1.6; {_CONVERT}")
+    try:
+        if start[:4] != _ENTRY:  # zipfile would pass over what stands before
+            raise zipfile.BadZipFile
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OverflowError, struct.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a seek to before the file gives
+            raise
+        raise PyfoldError(f"{path}: not a file of torch.save, or cut short; download it again") from None
+    places: dict[str, tuple[int, int]] = {}
+    for member in members:
+        name = member.filename
+        if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+            raise PyfoldError(f"{path}: its entry {name} is compressed or encrypted; {_CONVERT}")
+        file.seek(min(max(member.header_offset, 0), size))
+        local = file.read(30)
+        if len(local) < 30 or local[:4] != _ENTRY or member.compress_size != member.file_size or name in places:
+            raise PyfoldError(f"{path}: corrupt zip: no place for its entry {name}; download it again")
+        begin = member.header_offset + 30 + sum(struct.unpack("<HH", local[26:]))
+        end = begin + member.file_size
+        if end > size:
+            raise PyfoldError(f"{path}: cut short: {name} ends at byte {end} of {size}; download it again")
+        places[name] = (begin, end)
+    return places
 
 
 def _place(name: str, tensor: _Tensor, path: Path) -> TensorInfo:
