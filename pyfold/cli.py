@@ -36,14 +36,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"pyfold: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"pyfold: {where}{error.strerror or error}{_how_to_go_on(args)}", file=sys.stderr)
         return 1
     except MemoryError as error:
-        print(f"pyfold: not enough memory: {error or 'one fold group and its Gram matrix must fit'}", file=sys.stderr)
+        what = error or "one fold group and its Gram matrix must fit"
+        print(f"pyfold: not enough memory: {what}{_how_to_go_on(args)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("pyfold: interrupted", file=sys.stderr)
+        print(f"pyfold: interrupted{_how_to_go_on(args)}", file=sys.stderr)
         return 130
+
+
+def _how_to_go_on(args: argparse.Namespace) -> str:
+    """What to say after a failure that left finished work."""
+    from pyfold.io.destination import resumable
+
+    try:
+        return "; the same command continues from here" if resumable(Path(args.destination)) else ""
+    except (AttributeError, OSError):
+        return ""
 
 
 def _fold(args: argparse.Namespace) -> None:

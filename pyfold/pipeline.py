@@ -1,6 +1,7 @@
 """The fold, start to finish: checkpoint -> fold groups -> Gram matrix -> clusters -> merge -> new checkpoint.
 
-One group is in memory at a time; every other tensor streams through in pieces. The peak does not grow with the layers.
+One group is in memory at a time; every other tensor streams through in pieces. The peak does not grow with the layers. What is
+finished goes into a journal beside the result, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from pyfold.deliver import huggingface
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup, family_of
 from pyfold.io.checkpoint import INDEX, Checkpoint, open_checkpoint
-from pyfold.io.destination import Destination
+from pyfold.io.destination import Destination, sync_folder
 from pyfold.io.safetensors import ITEM_SIZE, Reader, Shard, TensorInfo, as_bytes, torch_dtype
 from pyfold.plan import Plan, make_plan, parse_size
 from pyfold.report import FoldReport, GroupReport, peak_rss_bytes
 
+_RECORDED = 1 << 28  # bytes of tensors outside the groups that are written between two lines of the journal
 # done, total, what: called as work proceeds, in bytes of source weights.
 Progress = Callable[[int, int, str], None]
 
@@ -83,7 +85,7 @@ def fold_checkpoint(
     PyfoldError
         A ValueError: for a bad option or a bad source, in one line that names file and tensor. ``dst`` is then untouched.
     OSError
-        If reading or writing fails. ``dst`` is then untouched.
+        If reading or writing fails. ``dst`` is then untouched, and the same call continues where this one stopped.
 
     Notes
     -----
@@ -117,15 +119,17 @@ def fold_checkpoint(
         "max_shard_size": parse_size(max_shard_size),
     }
     sources = [checkpoint.path / "config.json", *{info.path for info in checkpoint.tensors.values()}, *checkpoint.companions()]
-    with Destination(Path(dst), sources, overwrite=overwrite, n_bytes=plan.nbytes) as stage:
+    stamps = _stamps(sources)
+    identity = {"pyfold": __version__, "options": options, "backend": backend, "sources": stamps}
+    with Destination(Path(dst), sources, identity=identity, overwrite=overwrite, n_bytes=plan.nbytes) as stage:
         groups, hashes = _write_weights(checkpoint, plan, stage, backend, progress)
         for file in checkpoint.companions():
-            shutil.copyfile(file, stage.partial / file.name)
+            shutil.copyfile(file, stage.folder / file.name)
         for module in sorted(huggingface.modules(config)):
             if module == huggingface.MODELING:
                 stage.write_text(module, huggingface.modeling_file(family))
             elif (checkpoint.path / module).is_file():
-                shutil.copyfile(checkpoint.path / module, stage.partial / module)
+                shutil.copyfile(checkpoint.path / module, stage.folder / module)
         if len(plan.shards) > 1:
             stage.write_text(INDEX, _json(huggingface.index(plan)))
         stage.write_text("README.md", huggingface.model_card(checkpoint, family, plan, options, groups, license))
@@ -145,6 +149,9 @@ def fold_checkpoint(
             peak_rss_bytes=peak_rss_bytes(),
         )
         stage.write_text("pyfold-run.json", _json(_run_record(checkpoint, report)))
+        changed = [name for name, stamp in _stamps(sources).items() if stamp != stamps[name]]
+        if changed:
+            raise PyfoldError(f"{checkpoint.path / changed[0]}: changed while it was being folded; fold it again")
         stage.commit()
     return report
 
@@ -153,28 +160,41 @@ def _write_weights(
     checkpoint: Checkpoint, plan: Plan, stage: Destination, backend: str, progress: Progress | None
 ) -> tuple[list[GroupReport], dict[str, str]]:
     """Fold every planned group and copy every other tensor. Returns the groups' reports and the source tensors' hashes."""
-    reports: list[GroupReport] = []
-    hashes: dict[str, str] = {}
+    reports = {entry["group"]["name"]: GroupReport(**entry["group"]) for entry in stage.journal.done if "group" in entry}
+    hashes = {name: digest for entry in stage.journal.done for name, digest in entry.get("sha256", {}).items()}
     folded = {name for group, _ in plan.groups for name in group.tensors}
-    done = 0
+    done = sum(checkpoint.tensors[name].nbytes for name in hashes)
     with ExitStack() as stack:
         reader = stack.enter_context(Reader())
-        writer = stack.enter_context(_Writer(stage.partial, plan))
+        writer = stack.enter_context(_Writer(stage.folder, plan, frozenset(hashes)))
         for group, k in plan.groups:
+            if group.name in reports:
+                continue
             members = {name: checkpoint.tensors[name] for name in group.tensors}
             if progress:
                 progress(done, checkpoint.nbytes, group.name)
-            reports.append(_fold_group(group, k, members, reader, writer, hashes, backend))
+            new: dict[str, str] = {}
+            reports[group.name] = _fold_group(group, k, members, reader, writer, new, backend)
+            writer.sync()
+            stage.journal.append({"sha256": new, "group": vars(reports[group.name])})
+            hashes |= new
             done += sum(info.nbytes for info in members.values())
-        for name, info in checkpoint.tensors.items():
-            if name not in folded:
-                if progress:
-                    progress(done, checkpoint.nbytes, "other weights")
-                _copy(info, reader, writer, hashes, backend)
-                done += info.nbytes
+        others = [info for name, info in checkpoint.tensors.items() if name not in folded and name not in hashes]
+        new, new_bytes = {}, 0
+        for info in others:
+            if progress:
+                progress(done, checkpoint.nbytes, "other weights")
+            new[info.name] = _copy(info, reader, writer, backend)
+            new_bytes += info.nbytes
+            done += info.nbytes
+            if new_bytes >= _RECORDED or info is others[-1]:
+                writer.sync()
+                stage.journal.append({"sha256": new})
+                hashes |= new
+                new, new_bytes = {}, 0
         if progress:
             progress(done, checkpoint.nbytes, "done")
-    return reports, hashes
+    return [reports[group.name] for group, _ in plan.groups], hashes
 
 
 def _fold_group(
@@ -218,8 +238,8 @@ def _fold_group(
     )
 
 
-def _copy(info: TensorInfo, reader: Reader, writer: _Writer, hashes: dict[str, str], backend: str) -> None:
-    """Stream a tensor outside every folded group through, in pieces."""
+def _copy(info: TensorInfo, reader: Reader, writer: _Writer, backend: str) -> str:
+    """Stream a tensor outside every folded group through, in pieces; returns its hash."""
     digest = hashlib.sha256()
     to = writer.dtype(info.name)
     if info.n_parameters == 0:
@@ -231,7 +251,7 @@ def _copy(info: TensorInfo, reader: Reader, writer: _Writer, hashes: dict[str, s
             piece = piece.to(to)
             _check_finite(info, piece, at, backend, f"as {to}")
         writer.write(info.name, piece, at)
-    hashes[info.name] = digest.hexdigest()
+    return digest.hexdigest()
 
 
 def _check_finite(info: TensorInfo, values: Tensor, at: int, backend: str, what: str = "") -> None:
@@ -246,19 +266,24 @@ def _check_finite(info: TensorInfo, values: Tensor, at: int, backend: str, what:
 class _Writer:
     """The planned output shards, open until each is complete."""
 
-    def __init__(self, folder: Path, plan: Plan) -> None:
+    def __init__(self, folder: Path, plan: Plan, written: frozenset[str]) -> None:
+        """Tensors already ``written``, by a run that was stopped, are on the disk."""
         self._plan = plan
         self._shard_of = {name: shard for shard, names in plan.shards.items() for name in names}
         self._folder = folder
+        self._written = written
         self._open: dict[str, Shard] = {}
-        self._closed: set[str] = set()
+        self._closed = {shard for shard, names in plan.shards.items() if written.issuperset(names)}
+        for shard in {self._shard_of[name] for name in written}:
+            if not (folder / shard).exists():
+                raise PyfoldError(f"{folder / shard}: written by a run that was stopped, and gone; remove {folder.parent}")
 
     def __enter__(self) -> _Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         for shard in self._open.values():
-            shard.close(sync=False)
+            shard.close()
         if kind is None:
             assert self._closed == set(self._plan.shards), f"shards left incomplete: {set(self._plan.shards) - self._closed}"
 
@@ -270,12 +295,24 @@ class _Writer:
         shard_name = self._shard_of[name]
         if shard_name not in self._open:
             layout = {member: self._plan.tensors[member] for member in self._plan.shards[shard_name]}
-            self._open[shard_name] = Shard(self._folder / shard_name, layout)
+            self._open[shard_name] = Shard(self._folder / shard_name, layout, self._written)
         shard = self._open[shard_name]
         shard.write(name, tensor, at * ITEM_SIZE[self._plan.tensors[name][0]])
         if shard.complete:
-            self._open.pop(shard_name).close(sync=True)
+            shard.sync()
+            self._open.pop(shard_name).close()
             self._closed.add(shard_name)
+
+    def sync(self) -> None:
+        """All that has been written outlives the machine once this returns."""
+        for shard in self._open.values():
+            shard.sync()
+        sync_folder(self._folder)
+
+
+def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Size and time of change of every file, by its name."""
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
 
 
 def _run_record(checkpoint: Checkpoint, report: FoldReport) -> dict[str, Any]:
