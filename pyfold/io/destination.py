@@ -29,6 +29,7 @@ JOURNAL = "journal"
 RESULT = "result"
 OLD = "replaced"
 TEMPORARY = ".tmp"
+_OWN = {LOCK, JOURNAL, RESULT, OLD}
 _LAST = (INDEX, "config.json")
 
 
@@ -83,7 +84,7 @@ class Destination:
 
     def _check(self) -> None:
         path = self._given
-        if self.partial.is_symlink() or (self.partial.exists() and not (self.partial / LOCK).is_file()):
+        if self.partial.is_symlink() or (self.partial.exists() and set(os.listdir(self.partial)) - _OWN):
             raise PyfoldError(f"{self.partial}: pyfold needs this name and did not make it; move it away")
         journal = Journal(self.partial / JOURNAL)
         if journal.done and journal.identity != self._identity:
@@ -205,7 +206,8 @@ class Destination:
                     sync_folder(self.path)
                 os.rename(self.folder / name, self.path / name)
             sync_folder(self.path)
-        elif self._replace:
+            return
+        if self._replace:
             _exchange(self.folder, self.path, self.partial / OLD)
         else:
             os.rename(self.folder, self.path)  # onto nothing, or an empty folder

@@ -47,10 +47,20 @@ class Journal:
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
         os.ftruncate(self._file, self._whole)
         if self.identity is None:
-            self.append(identity)
+            self._write(identity)
 
     def append(self, entry: Entry) -> None:
-        """Add a line; it outlives the machine once this returns."""
+        """Add a line; it, and all before it, outlive the machine once this returns."""
+        self._write(entry)
+        assert self._file is not None
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _write(self, entry: Entry) -> None:
         assert self._file is not None
         blob = json.dumps(entry, separators=(",", ":")).encode()
         line = memoryview(b"%08x %s\n" % (zlib.crc32(blob), blob))
@@ -58,16 +68,10 @@ class Journal:
             at = self._whole
             while at < self._whole + len(line):
                 at += os.pwrite(self._file, line[at - self._whole :], at)
-            os.fsync(self._file)
         except OSError as error:
             raise OSError(error.errno, f"cannot write: {error.strerror}", str(self.path)) from None
         self._whole = at
         self.entries.append(json.loads(blob))
-
-    def close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
 
 
 def _parse(line: bytes) -> Entry | None:
