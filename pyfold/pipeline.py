@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,7 +133,7 @@ def fold_checkpoint(
         if len(plan.shards) > 1:
             stage.write_text(INDEX, _json(huggingface.index(plan)))
         stage.write_text("README.md", huggingface.model_card(checkpoint, family, plan, options, groups, license))
-        stage.write_text("pyfold.json", _json(huggingface.identity(checkpoint, plan, options, backend, groups, hashes)))
+        stage.write_text("pyfold.json", _json(huggingface.identity(checkpoint, plan, options, backend, groups, *hashes)))
         stage.write_text("config.json", _json(config))
         report = FoldReport(
             path=Path(dst),
@@ -156,42 +156,60 @@ def fold_checkpoint(
     return report
 
 
+class _Hashes(NamedTuple):
+    """Name -> SHA-256 of the tensors read, and of those written."""
+
+    source: dict[str, str]
+    result: dict[str, str]
+
+    def add(self, source: dict[str, str], result: dict[str, str]) -> None:
+        self.source.update(source)
+        self.result.update(result)
+
+
 def _write_weights(
     checkpoint: Checkpoint, plan: Plan, stage: Destination, backend: str, progress: Progress | None
-) -> tuple[list[GroupReport], dict[str, str]]:
-    """Fold every planned group and copy every other tensor. Returns the groups' reports and the source tensors' hashes."""
-    reports = {entry["group"]["name"]: GroupReport(**entry["group"]) for entry in stage.journal.done if "group" in entry}
-    hashes = {name: digest for entry in stage.journal.done for name, digest in entry.get("sha256", {}).items()}
+) -> tuple[list[GroupReport], _Hashes]:
+    """Fold every planned group and copy every other tensor. Returns the groups' reports and the tensors' hashes."""
+    reports: dict[str, GroupReport] = {}
+    hashes = _Hashes({}, {})
+    for entry in stage.journal.done:  # of a run that was stopped
+        if "group" in entry:
+            reports[entry["group"]["name"]] = GroupReport(**entry["group"])
+        if "sha256" in entry:
+            hashes.add(**entry["sha256"])
     folded = {name for group, _ in plan.groups for name in group.tensors}
-    done = sum(checkpoint.tensors[name].nbytes for name in hashes)
+    done = sum(checkpoint.tensors[name].nbytes for name in hashes.source)
     with ExitStack() as stack:
         reader = stack.enter_context(Reader())
-        writer = stack.enter_context(_Writer(stage.folder, plan, frozenset(hashes)))
+        writer = stack.enter_context(_Writer(stage.folder, plan, frozenset(hashes.source)))
+
+        def record(new: _Hashes, **entry: Any) -> None:
+            writer.sync()
+            stage.journal.append({"sha256": new._asdict(), **entry})
+            hashes.add(*new)
+
         for group, k in plan.groups:
             if group.name in reports:
                 continue
             members = {name: checkpoint.tensors[name] for name in group.tensors}
             if progress:
                 progress(done, checkpoint.nbytes, group.name)
-            new: dict[str, str] = {}
+            new = _Hashes({}, {})
             reports[group.name] = _fold_group(group, k, members, reader, writer, new, backend)
-            writer.sync()
-            stage.journal.append({"sha256": new, "group": vars(reports[group.name])})
-            hashes |= new
+            record(new, group=vars(reports[group.name]))
             done += sum(info.nbytes for info in members.values())
-        others = [info for name, info in checkpoint.tensors.items() if name not in folded and name not in hashes]
-        new, new_bytes = {}, 0
+        others = [info for name, info in checkpoint.tensors.items() if name not in folded and name not in hashes.source]
+        new, new_bytes = _Hashes({}, {}), 0
         for info in others:
             if progress:
                 progress(done, checkpoint.nbytes, "other weights")
-            new[info.name] = _copy(info, reader, writer, backend)
+            _copy(info, reader, writer, new, backend)
             new_bytes += info.nbytes
             done += info.nbytes
             if new_bytes >= _RECORDED or info is others[-1]:
-                writer.sync()
-                stage.journal.append({"sha256": new})
-                hashes |= new
-                new, new_bytes = {}, 0
+                record(new)
+                new, new_bytes = _Hashes({}, {}), 0
         if progress:
             progress(done, checkpoint.nbytes, "done")
     return [reports[group.name] for group, _ in plan.groups], hashes
@@ -203,7 +221,7 @@ def _fold_group(
     members: dict[str, TensorInfo],
     reader: Reader,
     writer: _Writer,
-    hashes: dict[str, str],
+    hashes: _Hashes,
     backend: str,
 ) -> GroupReport:
     """Read a group once, cluster its units, write its members merged."""
@@ -212,7 +230,7 @@ def _fold_group(
     # In the group's own order, which fixes the order of summation whatever the shard layout.
     for i, (name, info) in enumerate(members.items()):
         weight = weights[name] = reader.read(info)
-        hashes[name] = hashlib.sha256(as_bytes(weight)).hexdigest()
+        hashes.source[name] = hashlib.sha256(as_bytes(weight)).hexdigest()
         _check_finite(info, weight, 0, backend)
         matrix = weight.unsqueeze(1) if weight.dim() == 1 else weight
         ops.gram(matrix, out=gram, accumulate=i > 0, transposed=name in group.consumers, backend=backend)
@@ -224,6 +242,7 @@ def _fold_group(
         merge = ops.merge_columns if name in group.consumers else ops.merge_rows
         merged = merge(weights.pop(name), clusters.labels, k, dtype=writer.dtype(name), backend=backend)
         _check_finite(info, merged, 0, backend, "folded")
+        hashes.result[name] = hashlib.sha256(as_bytes(merged)).hexdigest()
         writer.write(name, merged)
     return GroupReport(
         name=group.name,
@@ -238,20 +257,22 @@ def _fold_group(
     )
 
 
-def _copy(info: TensorInfo, reader: Reader, writer: _Writer, backend: str) -> str:
-    """Stream a tensor outside every folded group through, in pieces; returns its hash."""
-    digest = hashlib.sha256()
+def _copy(info: TensorInfo, reader: Reader, writer: _Writer, hashes: _Hashes, backend: str) -> None:
+    """Stream a tensor outside every folded group through, in pieces."""
+    read, written = hashlib.sha256(), hashlib.sha256()
     to = writer.dtype(info.name)
     if info.n_parameters == 0:
         writer.write(info.name, torch.empty(info.shape, dtype=to))
     for at, piece in reader.chunks(info):
-        digest.update(as_bytes(piece))
+        read.update(as_bytes(piece))
         _check_finite(info, piece, at, backend)
         if to != piece.dtype:
             piece = piece.to(to)
             _check_finite(info, piece, at, backend, f"as {to}")
+            written.update(as_bytes(piece))
         writer.write(info.name, piece, at)
-    return digest.hexdigest()
+    hashes.source[info.name] = read.hexdigest()
+    hashes.result[info.name] = (read if to == torch_dtype(info.dtype) else written).hexdigest()
 
 
 def _check_finite(info: TensorInfo, values: Tensor, at: int, backend: str, what: str = "") -> None:
