@@ -117,10 +117,11 @@ def _zip_places(file: BinaryIO, path: Path) -> dict[str, tuple[int, int]]:
     if start == _LEGACY:
         raise PyfoldError(f"{path}: saved in the format of torch before 1.6; {_CONVERT}")
     try:
-        if start[:4] != _ENTRY:  # zipfile would pass over what stands before
-            raise zipfile.BadZipFile
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
+        # zipfile passes over what stands before the first entry, and moves all places by as much.
+        if start[:4] != _ENTRY or min((member.header_offset for member in members), default=0) != 0:
+            raise zipfile.BadZipFile
     except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OverflowError, struct.error, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a seek to before the file gives
             raise
@@ -130,7 +131,7 @@ def _zip_places(file: BinaryIO, path: Path) -> dict[str, tuple[int, int]]:
         name = member.filename
         if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
             raise PyfoldError(f"{path}: its entry {name} is compressed or encrypted; {_CONVERT}")
-        file.seek(min(max(member.header_offset, 0), size))
+        file.seek(min(member.header_offset, size))
         local = file.read(30)
         if len(local) < 30 or local[:4] != _ENTRY or member.compress_size != member.file_size or name in places:
             raise PyfoldError(f"{path}: corrupt zip: no place for its entry {name}; download it again")
@@ -258,10 +259,10 @@ class _Interpreter:
         if name == _PARAMETER and len(args) == 3:
             return _expect(args[0], _Tensor)
         if name == _TENSOR and len(args) == 6:
-            storage, offset, shape, stride, _, _ = args
+            storage, offset, shape, stride, requires_grad, _ = args
             # Before any message shows them: tuples of shared tuples can be small here and endless in print.
-            if not (is_sizes((offset,)) and is_sizes(shape) and is_sizes(stride)):
-                raise TypeError("offset, shape or stride of a tensor is not of integers")
+            if not (is_sizes((offset,)) and is_sizes(shape) and is_sizes(stride) and isinstance(requires_grad, bool)):
+                raise TypeError("offset, shape or stride of a tensor is not of integers, or requires_grad no bool")
             return _Tensor(_expect(storage, _Storage), offset, tuple(shape), tuple(stride))
         raise _Unsupported(f"its pickle calls {name.replace(' ', '.')} with {len(args)} arguments")
 
