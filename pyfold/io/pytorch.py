@@ -29,6 +29,7 @@ _PARAMETER = "torch._utils _rebuild_parameter"
 # A state dict of 100,000 tensors takes 12 MB.
 _MAX_PICKLE = 1 << 25
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+_NEWEST = 10  # the newest format of torch 2.13, which writes 3
 _ENTRY = b"PK\3\4"
 _CONVERT = "load it with torch and save its tensors as safetensors"
 
@@ -103,6 +104,9 @@ def _entries(path: Path) -> tuple[dict[str, tuple[int, int]], bytes]:
         root = roots[0] if len(roots) == 1 else ""
         if not root or root + "version" not in places or not all(name.startswith(root) for name in places):
             raise PyfoldError(f"{path}: a zip, but not of a state dict saved by torch.save; {_CONVERT}")
+        version = read(root + "version", 16).strip()
+        if not version.isdigit() or not 1 <= int(version) <= _NEWEST:
+            raise PyfoldError(f"{path}: expected a format version from 1 to {_NEWEST}, got {version!r}; {_CONVERT}")
         pickle = read(root + "data.pkl", _MAX_PICKLE)
         if root + "byteorder" in places and read(root + "byteorder", 16) != b"little":
             raise PyfoldError(f"{path}: its numbers are not little-endian; {_CONVERT}")
