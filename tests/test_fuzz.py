@@ -320,19 +320,25 @@ def read_by_others(source: Path, file: str, data: bytes) -> dict[str, torch.Tens
     if file == BIN:
         try:
             return torch.load(source / BIN, map_location="cpu", weights_only=True)
-        except RuntimeError as error:
-            if "PytorchStreamReader failed reading zip archive" not in str(error):
-                raise
-        # torch also wants numbers of disks and the like right, which say nothing of places: the same with a new end record.
-        with zipfile.ZipFile(source / BIN) as archive:
-            start, n = archive.start_dir, len(archive.infolist())
-        end = min(at for at in (data.find(b"PK\6\6", start), data.find(b"PK\5\6", start)) if at >= 0)
-        mended = data[:end] + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, n, n, end - start, start, 0)
-        return torch.load(io.BytesIO(mended), map_location="cpu", weights_only=True)
+        except (RuntimeError, ValueError):  # torch also wants numbers of disks, alignments and the like right
+            return torch.load(rezipped(data), map_location="cpu", weights_only=True)
     if file == INDEX:
         shards = set(json.loads(data)["weight_map"].values())
         return {name: tensor for shard in shards for name, tensor in load_file(source / shard).items()}
     return load_file(source / "model.safetensors")
+
+
+def rezipped(data: bytes) -> io.BytesIO:
+    """A file of torch.save without anything that says nothing of tensors: the entries that hold them, zipped anew."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
+        for member in old.infolist():
+            name, extra = struct.unpack_from("<HH", data, member.header_offset + 26)
+            begin = member.header_offset + 30 + name + extra
+            if member.filename.rpartition("/")[2] not in (".format_version", ".storage_alignment", "serialization_id"):
+                new.writestr(member.filename, data[begin : begin + member.file_size])
+    out.seek(0)
+    return out
 
 
 def loads(folder: Path) -> bool:

@@ -30,6 +30,8 @@ _PARAMETER = "torch._utils _rebuild_parameter"
 _MAX_PICKLE = 1 << 25
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _NEWEST = 10  # the newest format of torch 2.13, which writes 3
+_FOLDER = 0x10  # torch leaves the tensors of such an entry uninitialised
+_OPAQUE = 0x2061  # encrypted, a patch, strongly encrypted, headers masked
 _ENTRY = b"PK\3\4"
 _CONVERT = "load it with torch and save its tensors as safetensors"
 
@@ -133,8 +135,10 @@ def _zip_places(file: BinaryIO, path: Path) -> dict[str, tuple[int, int]]:
     places: dict[str, tuple[int, int]] = {}
     for member in members:
         name = member.filename
-        if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+        if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & _OPAQUE:
             raise PyfoldError(f"{path}: its entry {name} is compressed or encrypted; {_CONVERT}")
+        if member.external_attr & _FOLDER:
+            raise PyfoldError(f"{path}: corrupt zip: its entry {name} is marked as a folder; download it again")
         file.seek(min(member.header_offset, size))
         local = file.read(30)
         if len(local) < 30 or local[:4] != _ENTRY or member.compress_size != member.file_size or name in places:
