@@ -41,7 +41,7 @@ from pyfold.io.checkpoint import INDEX
 from pyfold.io.safetensors import Shard, dtype_name
 from pyfold.plan import DTYPES, Plan, parse_size, split_shards
 
-BLOCK = 1 << 23  # numbers a block: 32 MiB in fp32, 682 units of LLaMA-7B
+BLOCK = 1 << 22  # numbers a block: 16 MiB in fp32, 341 units of LLaMA-7B
 STRIP = 1 << 28  # bytes of down_proj gathered before they are written: all of a LLaMA-7B layer, half of a LLaMA-70B one
 KEPT = 0.8  # planted: clusters / units
 
@@ -253,10 +253,8 @@ def main() -> None:
         parser.error(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    seconds = time.perf_counter() - started
-    print(
-        f"{options.folder}: {plan.n_parameters:,} parameters, {plan.nbytes:,} bytes in {len(plan.shards)} files, {seconds:.1f} s"
-    )
+    size = f"{plan.n_parameters:,} parameters, {plan.nbytes:,} bytes in {len(plan.shards)} files"
+    print(f"{options.folder}: {size}, {time.perf_counter() - started:.1f} s")
 
 
 if __name__ == "__main__":
