@@ -10,17 +10,18 @@ near-duplicates lie in one block.) Feature j goes to tensor j mod 3, so that eac
 All other weights are N(0, 0.02²), norms are ones.
 
 The bytes depend on the options (and on torch's generator), not on the number of cores. Peak memory below 1 GiB: blocks ahead of
-the writer are bounded, and the columns of down_proj are gathered in strips so that the file is written in long pieces.
+the writer are bounded, and the columns of down_proj are gathered in strips so that the file is written in long pieces. Exit
+codes as pyfold's.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -39,10 +40,11 @@ from tqdm import tqdm
 from pyfold.deliver.huggingface import index
 from pyfold.io.checkpoint import INDEX
 from pyfold.io.safetensors import Shard, dtype_name
-from pyfold.plan import DTYPES, Plan, parse_size, split_shards
+from pyfold.plan import DTYPES, Plan, split_shards
 
 BLOCK = 1 << 22  # numbers a block: 16 MiB in fp32, 341 units of LLaMA-7B
 STRIP = 1 << 28  # bytes of down_proj gathered before they are written: all of a LLaMA-7B layer, half of a LLaMA-70B one
+SHARD = 5 * 10**9  # bytes a file
 KEPT = 0.8  # planted: clusters / units
 
 # Tensor, first element of it, values.
@@ -116,7 +118,7 @@ PRESETS = {
 def make(folder: Path, preset: Preset, rows: str, dtype: str, seed: int) -> Plan:
     """Write the checkpoint to ``folder``, complete or not at all; returns its tensors and shards."""
     tensors = {name: (dtype_name(getattr(torch, dtype)), shape) for name, shape in preset.tensors().items()}
-    plan = Plan([], {}, tensors, split_shards(tensors, parse_size("5GB")), [])
+    plan = Plan([], {}, tensors, split_shards(tensors, SHARD), [])
     _check_room(folder, plan.nbytes)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     unfinished.mkdir(parents=True)
@@ -139,7 +141,7 @@ def _check_room(folder: Path, n_bytes: int) -> None:
         raise ValueError(f"{existing}: a file, where {folder} needs a folder")
     free = shutil.disk_usage(existing).free
     if free < n_bytes:
-        raise ValueError(f"{existing}: the checkpoint needs {n_bytes:,} bytes and {free:,} are free")
+        raise OSError(errno.ENOSPC, f"the checkpoint needs {n_bytes:,} bytes and {free:,} are free", str(existing))
 
 
 def _write_weights(folder: Path, plan: Plan, pieces: Iterator[Piece]) -> None:
@@ -148,11 +150,15 @@ def _write_weights(folder: Path, plan: Plan, pieces: Iterator[Piece]) -> None:
         shards = {}
         for file, names in plan.shards.items():
             shard = Shard(folder / file, {name: plan.tensors[name] for name in names})
-            stack.callback(shard.close, sync=True)
+            stack.push(partial(_close, shard))
             shards |= dict.fromkeys(names, shard)
         for name, at, values in pieces:
             shards[name].write(name, values, at * values.element_size())
             bar.update(values.nbytes)
+
+
+def _close(shard: Shard, error: type[BaseException] | None, *_: object) -> None:
+    shard.close(sync=error is None)
 
 
 def _pieces(preset: Preset, rows: str, dtype: torch.dtype, seed: int) -> Iterator[Piece]:
@@ -249,10 +255,12 @@ def main() -> None:
     started = time.perf_counter()
     try:
         plan = make(options.folder, preset, options.rows, options.dtype, options.seed)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: {error.filename}: {error.strerror}\n")
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130, f"{parser.prog}: interrupted\n")
     size = f"{plan.n_parameters:,} parameters, {plan.nbytes:,} bytes in {len(plan.shards)} files"
     print(f"{options.folder}: {size}, {time.perf_counter() - started:.1f} s")
 
