@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import child
 import pytest
@@ -31,6 +32,7 @@ from pyfold.io.checkpoint import Checkpoint, open_checkpoint
 from pyfold.io.safetensors import Reader
 from pyfold.plan import target_width
 
+COPIES = 2  # one can take four times the other on a disk shared with strangers
 MAKE = Path(__file__).with_name("make_checkpoint.py")
 
 
@@ -50,8 +52,7 @@ SIZES = {
 }
 
 
-@dataclass(frozen=True)
-class Moved:
+class Moved(NamedTuple):
     """A copy: seconds, and what the kernel read from the disk and wrote, in bytes."""
 
     seconds: float
@@ -88,14 +89,18 @@ def test_stream(report: Report, source: Path, scratch: Path) -> None:
     sizes = report.sizes
     checkpoint = open_checkpoint(source)
     files = sorted({info.path for info in checkpoint.tensors.values()})
+    source_bytes = sum(file.stat().st_size for file in files)
     _evict(files)
     fold = child.run([sys.executable, "-m", "pyfold", "fold", source, scratch / "folded", "--ratio", sizes.ratio, "--quiet"])
     assert fold.returncode == 0
     result_bytes = sum(file.stat().st_size for file in (scratch / "folded").iterdir())
     shutil.rmtree(scratch / "folded")
-    _evict(files)
-    copy = _copy(files, scratch / "copy", result_bytes)
-    (scratch / "copy").unlink()
+    copies = []
+    for _ in range(COPIES):
+        _evict(files)
+        copies.append(_copy(files, scratch / "copy", result_bytes))
+        (scratch / "copy").unlink()
+    copy = min(copies)
     group = family_of(checkpoint).fold_groups(checkpoint)[0]
     layer = _one_layer(checkpoint, group, target_width(group, sizes.ratio, None), sizes.rounds)
 
@@ -123,7 +128,10 @@ def test_stream(report: Report, source: Path, scratch: Path) -> None:
         {"measured": name, "value": value, "asked": asked if sizes.preset == "llama-7b" else None}
         for name, (value, asked) in measured.items()
     ]
-    report.notes.append(f"Source {sum(file.stat().st_size for file in files):,} bytes, result {result_bytes:,} bytes.")
+    report.notes += [
+        f"Source {source_bytes:,} bytes, result {result_bytes:,} bytes.",
+        f"Copies, of which the best counts: {', '.join(f'{copy.seconds:.1f}' for copy in copies)} s.",
+    ]
 
 
 def _evict(files: Iterable[Path]) -> None:

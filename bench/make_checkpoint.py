@@ -44,6 +44,7 @@ from pyfold.plan import DTYPES, Plan, split_shards
 
 BLOCK = 1 << 22  # numbers a block: 16 MiB in fp32, 341 units of LLaMA-7B
 STRIP = 1 << 28  # bytes of down_proj gathered before they are written: all of a LLaMA-7B layer, half of a LLaMA-70B one
+WORKERS = 4  # at most, for each holds some 60 MiB; one makes 0.13 GB/s of fp16 (Xeon, 2.6 GHz)
 SHARD = 5 * 10**9  # bytes a file
 KEPT = 0.8  # planted: clusters / units
 
@@ -220,8 +221,8 @@ def _seed(seed: int, name: str, at: int) -> int:
 
 
 def _ahead(jobs: Iterator[Callable[[], list[Piece]]]) -> Iterator[Piece]:
-    """The results of ``jobs`` in order, made on every core while the caller writes; one more than the cores in memory."""
-    workers = os.cpu_count() or 1
+    """The results of ``jobs`` in order, made while the caller writes; one more than the workers in memory."""
+    workers = min(os.cpu_count() or 1, WORKERS)
     waiting: deque[Future[list[Piece]]] = deque()
     # One thread of torch in each: with more, the last bits of a norm would depend on how many.
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
