@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pyfold.ops import merge_rows as merge_rows
     from pyfold.pipeline import fold_checkpoint as fold_checkpoint
     from pyfold.report import FoldReport as FoldReport
+    from pyfold.verify import verify_checkpoint as verify_checkpoint
 
 _HOME = {
     "Clustering": "clustering",
@@ -33,6 +34,7 @@ _HOME = {
     "merge_columns": "ops",
     "merge_rows": "ops",
     "perplexity": "evaluate",
+    "verify_checkpoint": "verify",
 }
 __all__ = ["__version__", *sorted(_HOME)]
 

@@ -36,14 +36,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"pyfold: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"pyfold: {where}{error.strerror or error}{_how_to_go_on(args)}", file=sys.stderr)
         return 1
     except MemoryError as error:
-        print(f"pyfold: not enough memory: {error or 'one fold group and its Gram matrix must fit'}", file=sys.stderr)
+        what = error or "one fold group and its Gram matrix must fit"
+        print(f"pyfold: not enough memory: {what}{_how_to_go_on(args)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("pyfold: interrupted", file=sys.stderr)
+        print(f"pyfold: interrupted{_how_to_go_on(args)}", file=sys.stderr)
         return 130
+
+
+def _how_to_go_on(args: argparse.Namespace) -> str:
+    """What to say after a failure that left finished work."""
+    from pyfold.io.destination import resumable
+
+    try:
+        return "; the same command continues from here" if resumable(Path(args.destination)) else ""
+    except (AttributeError, OSError):
+        return ""
 
 
 def _fold(args: argparse.Namespace) -> None:
@@ -152,6 +163,17 @@ def _eval(args: argparse.Namespace) -> None:
         print(f"perplexity {result.perplexity:.4f} over {result.n_tokens} tokens, context {result.context}: {args.source}")
 
 
+def _verify(args: argparse.Namespace) -> None:
+    from pyfold.verify import verify_checkpoint
+
+    with _progress_bar(args, "B") as progress:
+        found = verify_checkpoint(args.folder, progress=progress)
+    if args.json:
+        print(json.dumps({"folder": str(args.folder), **vars(found)}, indent=2))
+    elif not args.quiet:
+        print(f"{args.folder}: {found.n_tensors} tensors, {found.n_bytes:,} bytes, as they were folded; it loads")
+
+
 @contextmanager
 def _progress_bar(args: argparse.Namespace, unit: str) -> Iterator[Progress | None]:
     """A bar on stderr with rate and ETA; none for --quiet, --json or where stderr is no terminal."""
@@ -214,6 +236,17 @@ def _parser() -> argparse.ArgumentParser:
     _width_options(inspect, required=False)
     _common_options(inspect)
     inspect.set_defaults(run=_inspect)
+
+    verify = commands.add_parser(
+        "verify",
+        help="check a folded checkpoint against what its fold recorded",
+        description="Check the hash of every tensor of DST, its names and shapes, index and config, and that transformers can "
+        "load it. Exit code 2 and one line for the first thing that is wrong.",
+        epilog="Example: pyfold verify ./model-folded",
+    )
+    verify.add_argument("folder", metavar="DST", help="a folder that pyfold fold has written")
+    _common_options(verify)
+    verify.set_defaults(run=_verify)
 
     evaluate = commands.add_parser(
         "eval",

@@ -1,6 +1,7 @@
 """The fold, start to finish: checkpoint -> fold groups -> Gram matrix -> clusters -> merge -> new checkpoint.
 
-One group is in memory at a time; every other tensor streams through in pieces. The peak does not grow with the layers.
+One group is in memory at a time; every other tensor streams through in pieces. The peak does not grow with the layers. What is
+finished goes into a journal beside the result, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +25,12 @@ from pyfold.deliver import huggingface
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup, family_of
 from pyfold.io.checkpoint import INDEX, Checkpoint, open_checkpoint
-from pyfold.io.destination import Destination
+from pyfold.io.destination import Destination, sync_folder
 from pyfold.io.safetensors import ITEM_SIZE, Reader, Shard, TensorInfo, as_bytes, torch_dtype
 from pyfold.plan import Plan, make_plan, parse_size
 from pyfold.report import FoldReport, GroupReport, peak_rss_bytes
 
+_RECORDED = 1 << 28  # bytes of tensors outside the groups that are written between two lines of the journal
 # done, total, what: called as work proceeds, in bytes of source weights.
 Progress = Callable[[int, int, str], None]
 
@@ -83,7 +85,7 @@ def fold_checkpoint(
     PyfoldError
         A ValueError: for a bad option or a bad source, in one line that names file and tensor. ``dst`` is then untouched.
     OSError
-        If reading or writing fails. ``dst`` is then untouched.
+        If reading or writing fails. ``dst`` is then untouched, and the same call continues where this one stopped.
 
     Notes
     -----
@@ -117,19 +119,21 @@ def fold_checkpoint(
         "max_shard_size": parse_size(max_shard_size),
     }
     sources = [checkpoint.path / "config.json", *{info.path for info in checkpoint.tensors.values()}, *checkpoint.companions()]
-    with Destination(Path(dst), sources, overwrite=overwrite, n_bytes=plan.nbytes) as stage:
+    stamps = _stamps(sources)
+    identity = {"pyfold": __version__, "options": options, "backend": backend, "sources": stamps}
+    with Destination(Path(dst), sources, identity=identity, overwrite=overwrite, n_bytes=plan.nbytes) as stage:
         groups, hashes = _write_weights(checkpoint, plan, stage, backend, progress)
         for file in checkpoint.companions():
-            shutil.copyfile(file, stage.partial / file.name)
+            shutil.copyfile(file, stage.folder / file.name)
         for module in sorted(huggingface.modules(config)):
             if module == huggingface.MODELING:
                 stage.write_text(module, huggingface.modeling_file(family))
             elif (checkpoint.path / module).is_file():
-                shutil.copyfile(checkpoint.path / module, stage.partial / module)
+                shutil.copyfile(checkpoint.path / module, stage.folder / module)
         if len(plan.shards) > 1:
             stage.write_text(INDEX, _json(huggingface.index(plan)))
         stage.write_text("README.md", huggingface.model_card(checkpoint, family, plan, options, groups, license))
-        stage.write_text("pyfold.json", _json(huggingface.identity(checkpoint, plan, options, backend, groups, hashes)))
+        stage.write_text("pyfold.json", _json(huggingface.identity(checkpoint, plan, options, backend, groups, *hashes)))
         stage.write_text("config.json", _json(config))
         report = FoldReport(
             path=Path(dst),
@@ -145,36 +149,70 @@ def fold_checkpoint(
             peak_rss_bytes=peak_rss_bytes(),
         )
         stage.write_text("pyfold-run.json", _json(_run_record(checkpoint, report)))
+        changed = [name for name, stamp in _stamps(sources).items() if stamp != stamps[name]]
+        if changed:
+            raise PyfoldError(f"{checkpoint.path / changed[0]}: changed while it was being folded; fold it again")
         stage.commit()
     return report
 
 
+class _Hashes(NamedTuple):
+    """Name -> SHA-256 of the tensors read, and of those written."""
+
+    source: dict[str, str]
+    result: dict[str, str]
+
+    def add(self, source: dict[str, str], result: dict[str, str]) -> None:
+        self.source.update(source)
+        self.result.update(result)
+
+
 def _write_weights(
     checkpoint: Checkpoint, plan: Plan, stage: Destination, backend: str, progress: Progress | None
-) -> tuple[list[GroupReport], dict[str, str]]:
-    """Fold every planned group and copy every other tensor. Returns the groups' reports and the source tensors' hashes."""
-    reports: list[GroupReport] = []
-    hashes: dict[str, str] = {}
+) -> tuple[list[GroupReport], _Hashes]:
+    """Fold every planned group and copy every other tensor. Returns the groups' reports and the tensors' hashes."""
+    reports: dict[str, GroupReport] = {}
+    hashes = _Hashes({}, {})
+    for entry in stage.journal.done:  # of a run that was stopped
+        if "group" in entry:
+            reports[entry["group"]["name"]] = GroupReport(**entry["group"])
+        if "sha256" in entry:
+            hashes.add(**entry["sha256"])
     folded = {name for group, _ in plan.groups for name in group.tensors}
-    done = 0
+    done = sum(checkpoint.tensors[name].nbytes for name in hashes.source)
     with ExitStack() as stack:
         reader = stack.enter_context(Reader())
-        writer = stack.enter_context(_Writer(stage.partial, plan))
+        writer = stack.enter_context(_Writer(stage.folder, plan, frozenset(hashes.source)))
+
+        def record(new: _Hashes, **entry: Any) -> None:
+            writer.sync()
+            stage.journal.append({"sha256": new._asdict(), **entry})
+            hashes.add(*new)
+
         for group, k in plan.groups:
+            if group.name in reports:
+                continue
             members = {name: checkpoint.tensors[name] for name in group.tensors}
             if progress:
                 progress(done, checkpoint.nbytes, group.name)
-            reports.append(_fold_group(group, k, members, reader, writer, hashes, backend))
+            new = _Hashes({}, {})
+            reports[group.name] = _fold_group(group, k, members, reader, writer, new, backend)
+            record(new, group=vars(reports[group.name]))
             done += sum(info.nbytes for info in members.values())
-        for name, info in checkpoint.tensors.items():
-            if name not in folded:
-                if progress:
-                    progress(done, checkpoint.nbytes, "other weights")
-                _copy(info, reader, writer, hashes, backend)
-                done += info.nbytes
+        others = [info for name, info in checkpoint.tensors.items() if name not in folded and name not in hashes.source]
+        new, new_bytes = _Hashes({}, {}), 0
+        for info in others:
+            if progress:
+                progress(done, checkpoint.nbytes, "other weights")
+            _copy(info, reader, writer, new, backend)
+            new_bytes += info.nbytes
+            done += info.nbytes
+            if new_bytes >= _RECORDED or info is others[-1]:
+                record(new)
+                new, new_bytes = _Hashes({}, {}), 0
         if progress:
             progress(done, checkpoint.nbytes, "done")
-    return reports, hashes
+    return [reports[group.name] for group, _ in plan.groups], hashes
 
 
 def _fold_group(
@@ -183,7 +221,7 @@ def _fold_group(
     members: dict[str, TensorInfo],
     reader: Reader,
     writer: _Writer,
-    hashes: dict[str, str],
+    hashes: _Hashes,
     backend: str,
 ) -> GroupReport:
     """Read a group once, cluster its units, write its members merged."""
@@ -192,7 +230,7 @@ def _fold_group(
     # In the group's own order, which fixes the order of summation whatever the shard layout.
     for i, (name, info) in enumerate(members.items()):
         weight = weights[name] = reader.read(info)
-        hashes[name] = hashlib.sha256(as_bytes(weight)).hexdigest()
+        hashes.source[name] = hashlib.sha256(as_bytes(weight)).hexdigest()
         _check_finite(info, weight, 0, backend)
         matrix = weight.unsqueeze(1) if weight.dim() == 1 else weight
         ops.gram(matrix, out=gram, accumulate=i > 0, transposed=name in group.consumers, backend=backend)
@@ -204,6 +242,7 @@ def _fold_group(
         merge = ops.merge_columns if name in group.consumers else ops.merge_rows
         merged = merge(weights.pop(name), clusters.labels, k, dtype=writer.dtype(name), backend=backend)
         _check_finite(info, merged, 0, backend, "folded")
+        hashes.result[name] = hashlib.sha256(as_bytes(merged)).hexdigest()
         writer.write(name, merged)
     return GroupReport(
         name=group.name,
@@ -218,20 +257,22 @@ def _fold_group(
     )
 
 
-def _copy(info: TensorInfo, reader: Reader, writer: _Writer, hashes: dict[str, str], backend: str) -> None:
+def _copy(info: TensorInfo, reader: Reader, writer: _Writer, hashes: _Hashes, backend: str) -> None:
     """Stream a tensor outside every folded group through, in pieces."""
-    digest = hashlib.sha256()
+    read, written = hashlib.sha256(), hashlib.sha256()
     to = writer.dtype(info.name)
     if info.n_parameters == 0:
         writer.write(info.name, torch.empty(info.shape, dtype=to))
     for at, piece in reader.chunks(info):
-        digest.update(as_bytes(piece))
+        read.update(as_bytes(piece))
         _check_finite(info, piece, at, backend)
         if to != piece.dtype:
             piece = piece.to(to)
             _check_finite(info, piece, at, backend, f"as {to}")
+            written.update(as_bytes(piece))
         writer.write(info.name, piece, at)
-    hashes[info.name] = digest.hexdigest()
+    hashes.source[info.name] = read.hexdigest()
+    hashes.result[info.name] = (read if to == torch_dtype(info.dtype) else written).hexdigest()
 
 
 def _check_finite(info: TensorInfo, values: Tensor, at: int, backend: str, what: str = "") -> None:
@@ -246,19 +287,24 @@ def _check_finite(info: TensorInfo, values: Tensor, at: int, backend: str, what:
 class _Writer:
     """The planned output shards, open until each is complete."""
 
-    def __init__(self, folder: Path, plan: Plan) -> None:
+    def __init__(self, folder: Path, plan: Plan, written: frozenset[str]) -> None:
+        """Tensors already ``written``, by a run that was stopped, are on the disk."""
         self._plan = plan
         self._shard_of = {name: shard for shard, names in plan.shards.items() for name in names}
         self._folder = folder
+        self._written = written
         self._open: dict[str, Shard] = {}
-        self._closed: set[str] = set()
+        self._closed = {shard for shard, names in plan.shards.items() if written.issuperset(names)}
+        for shard in {self._shard_of[name] for name in written}:
+            if not (folder / shard).exists():
+                raise PyfoldError(f"{folder / shard}: written by a run that was stopped, and gone; remove {folder.parent}")
 
     def __enter__(self) -> _Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         for shard in self._open.values():
-            shard.close(sync=False)
+            shard.close()
         if kind is None:
             assert self._closed == set(self._plan.shards), f"shards left incomplete: {set(self._plan.shards) - self._closed}"
 
@@ -270,12 +316,24 @@ class _Writer:
         shard_name = self._shard_of[name]
         if shard_name not in self._open:
             layout = {member: self._plan.tensors[member] for member in self._plan.shards[shard_name]}
-            self._open[shard_name] = Shard(self._folder / shard_name, layout)
+            self._open[shard_name] = Shard(self._folder / shard_name, layout, self._written)
         shard = self._open[shard_name]
         shard.write(name, tensor, at * ITEM_SIZE[self._plan.tensors[name][0]])
         if shard.complete:
-            self._open.pop(shard_name).close(sync=True)
+            shard.sync()
+            self._open.pop(shard_name).close()
             self._closed.add(shard_name)
+
+    def sync(self) -> None:
+        """All that has been written outlives the machine once this returns."""
+        for shard in self._open.values():
+            shard.sync()
+        sync_folder(self._folder)
+
+
+def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Size and time of change of every file, by its name."""
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
 
 
 def _run_record(checkpoint: Checkpoint, report: FoldReport) -> dict[str, Any]:

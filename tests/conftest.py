@@ -143,7 +143,7 @@ def write_synthetic(folder: Path, n_layers: int, width: int, hidden: int) -> Pat
         for tensor, (_, shape) in layout.items():
             shard.write(tensor, torch.randn(shape, generator=generator))
             weight_map[tensor] = name
-        shard.close(sync=False)
+        shard.close()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     config = {"model_type": "llama", "hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": n_layers}
     (folder / "config.json").write_text(json.dumps(config))

@@ -31,7 +31,7 @@ from conftest import (
     write_synthetic,
 )
 
-from pyfold import cli
+from pyfold import cli, fold_checkpoint
 from pyfold.io.checkpoint import INDEX
 from pyfold.io.destination import Destination
 
@@ -180,7 +180,7 @@ def test_nothing_that_a_loader_opens_before_the_commit(source: Path, tmp_path: P
     """As a kill just before it would leave the folder: complete but for the two names."""
     seen = []
     commit = Destination.commit
-    monkeypatch.setattr(Destination, "commit", lambda stage: (seen.extend(os.listdir(stage.partial)), commit(stage)))
+    monkeypatch.setattr(Destination, "commit", lambda stage: (seen.extend(os.listdir(stage.folder)), commit(stage)))
     assert cli.main(["fold", str(source), str(tmp_path / "dst"), "--ratio", "0.25", "--max-shard-size", "30KB", "--quiet"]) == 0
     assert {"pyfold.json", "config.json.tmp", INDEX + ".tmp"} <= set(seen)
     assert not {"config.json", INDEX} & set(seen)
@@ -189,16 +189,21 @@ def test_nothing_that_a_loader_opens_before_the_commit(source: Path, tmp_path: P
 
 
 def test_a_mount_point_as_destination(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing can be renamed onto a container's volume: files move out of a folder inside it, config.json and index last."""
+    """Nothing can be renamed onto a container's volume: files move out of a folder inside it, index and config.json last."""
     volume = tmp_path / "volume"
     volume.mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == volume)
     moved = []
     rename = os.rename
-    monkeypatch.setattr(os, "rename", lambda a, b: (moved.append(Path(b).name), rename(a, b)))
+
+    def noted(old: Path, new: Path) -> None:
+        rename(old, new)
+        if new.parent == volume and not new.name.endswith(".trash"):
+            moved.append(new.name)
+
+    monkeypatch.setattr(os, "rename", noted)
     assert cli.main(["fold", str(source), str(volume), "--ratio", "0.25", "--max-shard-size", "30KB", "--quiet"]) == 0
-    moved = [name for name in moved if not name.endswith(".trash")]
-    assert moved[-2:] == ["config.json", INDEX]
+    assert moved[-2:] == [INDEX, "config.json"]
     assert sorted(moved) == sorted(entry.name for entry in volume.iterdir())
     load(volume)
     assert cli.main(["fold", str(source), str(volume), "--ratio", "0.25", "--overwrite"]) == 2
@@ -270,13 +275,17 @@ def slow_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_synthetic(tmp_path_factory.mktemp("slow") / "src", 16, 2048, 512)
 
 
+def journal_lines(dst: Path) -> int:
+    journal = dst.with_name(dst.name + ".pyfold-partial") / "journal"
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+
 def interrupt(source: Path, dst: Path, how: signal.Signals, *options: str) -> tuple[int, str]:
-    """Start a fold and send it a signal once it is writing weights."""
+    """Start a fold and send it a signal once it has finished a group."""
     command = [sys.executable, "-m", "pyfold", "fold", str(source), str(dst), "--ratio", "0.25", *options]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    partial = dst.with_name(dst.name + ".pyfold-partial")
     deadline = time.monotonic() + 120
-    while not list(partial.glob("*.safetensors")):
+    while journal_lines(dst) < 2:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -285,21 +294,26 @@ def interrupt(source: Path, dst: Path, how: signal.Signals, *options: str) -> tu
     return process.returncode, error
 
 
-def test_ctrl_c_leaves_nothing(slow_source: Path, tmp_path: Path) -> None:
-    code, error = interrupt(slow_source, tmp_path / "dst", signal.SIGINT)
-    assert code == 130
-    assert error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_killed_run_leaves_no_result_and_the_next_one_cleans_up(slow_source: Path, tmp_path: Path) -> None:
-    code, _ = interrupt(slow_source, tmp_path / "dst", signal.SIGKILL)
-    assert code == -signal.SIGKILL
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_run_goes_on(slow_source: Path, tmp_path: Path, how: signal.Signals) -> None:
+    dst = tmp_path / "dst"
+    code, error = interrupt(slow_source, dst, how)
+    if how == signal.SIGINT:
+        assert (code, error) == (130, "pyfold: interrupted; the same command continues from here\n")
+    else:
+        assert code == -how
     assert [entry.name for entry in tmp_path.iterdir()] == ["dst.pyfold-partial"]
-    left = {entry.name for entry in (tmp_path / "dst.pyfold-partial").iterdir()}
-    assert not left & {"config.json", INDEX}, "nothing that a loader opens"
-    assert run_cli("fold", slow_source, tmp_path / "dst", "--ratio", "0.25").returncode == 0
-    assert [entry.name for entry in tmp_path.iterdir()] == ["dst"]
+    assert not {"config.json", INDEX} & {entry.name for entry in tmp_path.rglob("*")}, "nothing that a loader opens"
+    other = run_cli("fold", slow_source, dst, "--ratio", "0.5")
+    check_refused(other.returncode, other.stderr, ["unfinished run with ratio 0.25 instead of 0.5", "dst.pyfold-partial"])
+    done = journal_lines(dst) - 1
+    assert done >= 1
+    groups = []
+    fold_checkpoint(slow_source, dst, ratio=0.25, progress=lambda done, total, what: groups.append(what))
+    assert len({what for what in groups if "mlp" in what}) == 16 - done
+    assert run_cli("fold", slow_source, tmp_path / "whole", "--ratio", "0.25").returncode == 0
+    assert tree(dst) == tree(tmp_path / "whole")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dst", "whole"]
 
 
 def test_the_old_result_survives_a_killed_overwrite(slow_source: Path, tmp_path: Path) -> None:
@@ -314,7 +328,7 @@ def test_the_old_result_survives_a_killed_overwrite(slow_source: Path, tmp_path:
 def test_a_second_run_on_the_same_destination_refuses(slow_source: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pyfold", "fold", str(slow_source), str(tmp_path / "dst"), "--ratio", "0.25"]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not list((tmp_path / "dst.pyfold-partial").glob("*.safetensors")):
+    while journal_lines(tmp_path / "dst") < 1:
         assert first.poll() is None
         time.sleep(0.005)
     second = run_cli("fold", slow_source, tmp_path / "dst", "--ratio", "0.25")

@@ -3,10 +3,11 @@
 // fp32 (and fp16) points are multiplied as integers, exactly. Over a panel a point is x = v 2⁻ᵉ, with e such that the largest
 // |v| has 23 bits, and v = 2¹⁶ d0 + 2⁸ d1 + d2 in signed digits of 8 bits. The tiles multiply int8 and sum in int32:
 //     Σ v w = 2³² Σ d0 d0' + 2²⁴ Σ (d0 d1' + d1 d0') + 2¹⁶ Σ (d0 d2' + d1 d1' + d2 d0') + 2⁸ Σ (d1 d2' + d2 d1') + Σ d2 d2'
-// The last sum is left out, the others do not overflow within a panel. So a product is off by the rounding of x to v, at most
-// 2⁻²³ of the point's largest, and that of the three sums added in fp32; an FMA chain over the panel is off by more. Integer
-// sums have no order: x·y is y·x bit for bit, and so (one form, one sum) it is for bf16 points, which the tiles multiply as
-// they are and sum in fp32, pairs of columns at a time.
+// The last sum is left out, at most 2⁻²¹ of |x| |y|; the others do not overflow within a panel. The rounding of x to v is at
+// most 2⁻²³ of the point's largest number, which matters where one number is above all others: then by up to √512 2⁻²³ |x| |y|,
+// ten times what it is otherwise; an FMA chain is mostly off by more. Integer sums have no order: x·y is y·x bit for bit, and
+// so (one form, one sum) it is for bf16 points, which the tiles multiply as they are and sum in fp32, pairs of columns at a
+// time.
 #pragma once
 
 #include <immintrin.h>
@@ -24,7 +25,7 @@ constexpr bool kTwoForms = true;
 // A tile: 16 rows of 64 bytes, of the left operand a point each; the right operand's has its words transposed.
 constexpr int64_t kTileFloats = 256, kTilePoints = 16;
 constexpr int64_t kDigits = 3;
-static_assert(kBlock == 2 * kTilePoints, "a block of products is 2 x 2 tiles");
+static_assert(kBlock == 2 * kTilePoints && kPanel % 64 == 0, "blocks and panels are whole tiles");
 static_assert((127 * 127 * 256 + 2 * 127 * 128) * kPanel < int64_t{1} << 31, "sums of a panel fit int32");
 
 // Steps of a panel, 64 bytes of a digit's or bf16's columns each.
@@ -37,6 +38,9 @@ inline int64_t tile_floats(Form form, int64_t width) {
 inline int64_t block_floats(Form form, int64_t width) { return 2 * tile_floats(form, width) + kBlock; }
 inline int64_t buffer_floats() { return kBlock * kBlock; }
 
+// The compilers' tile loads do not say which memory they read.
+inline void stores_before_tiles() { __asm__ volatile("" ::: "memory"); }
+
 struct Session {  // the tile configuration of a thread
     Session() {
         struct alignas(64) {
@@ -44,6 +48,7 @@ struct Session {  // the tile configuration of a thread
             uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
             uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
         } config;
+        stores_before_tiles();
         _tile_loadconfig(&config);
     }
     ~Session() { _tile_release(); }
@@ -227,6 +232,7 @@ template <class Sink>
 inline void multiply(const float* left, int64_t i0, int64_t i1, const float* right, int64_t j0, int64_t j1, Form form,
                      int64_t width, bool upper, float* buffer, Sink sink) {
     const int64_t steps = steps_of(form, width), floats = tile_floats(form, width), stride = block_floats(form, width);
+    stores_before_tiles();
     for (int64_t i = i0; i < i1; i++)
         for (int64_t j = upper && i > j0 ? i : j0; j < j1; j++) {
             const float *a = left + i * stride, *b = right + j * stride;

@@ -109,7 +109,13 @@ def index(plan: Plan) -> dict[str, Any]:
 
 
 def identity(
-    checkpoint: Checkpoint, plan: Plan, options: dict[str, Any], backend: str, groups: list[GroupReport], hashes: dict[str, str]
+    checkpoint: Checkpoint,
+    plan: Plan,
+    options: dict[str, Any],
+    backend: str,
+    groups: list[GroupReport],
+    source: dict[str, str],
+    result: dict[str, str],
 ) -> dict[str, Any]:
     """pyfold.json: everything needed to make the same bytes again, and nothing that depends on time, machine or path."""
     return {
@@ -120,7 +126,8 @@ def identity(
         "options": options,
         "groups": [vars(group) for group in groups],
         "parameters": {"before": checkpoint.n_parameters, "after": plan.n_parameters},
-        "source_sha256": {name: hashes[name] for name in checkpoint.tensors},
+        "source_sha256": {name: source[name] for name in checkpoint.tensors},
+        "sha256": {name: result[name] for name in plan.tensors},
     }
 
 

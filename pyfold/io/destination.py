@@ -1,8 +1,11 @@
-"""A result folder that appears only when it is complete.
+"""A result folder that appears only when it is complete, and whose making goes on where it was stopped.
 
-Files are written to ``DST.pyfold-partial`` beside DST, which no loader opens; ``commit`` renames the folder into place in one
-step (overwriting exchanges old and new). Where DST is a mount point (a container's volume) nothing can be renamed onto it: then
-the partial folder lies inside, and files move out one by one, config.json and the index last.
+Beside DST lies ``DST.pyfold-partial``: a lock, the journal, and the growing result, which no loader opens. ``commit`` renames
+the result into place in one step (overwriting exchanges old and new). Where DST is a mount point (a container's volume) nothing
+can be renamed onto it: then the partial folder lies inside, and files move out one by one, the index and config.json last.
+
+A run that ends before its commit, by whatever cause but bad input, leaves the partial folder if its journal holds finished
+work; the same command then continues. Everything is on the disk before the journal says so, and before the commit.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -17,27 +21,45 @@ from pathlib import Path
 
 from pyfold.errors import PyfoldError
 from pyfold.io.checkpoint import INDEX, read_json
+from pyfold.io.journal import Entry, Journal
 
 PARTIAL = ".pyfold-partial"
 LOCK = ".lock"
+JOURNAL = "journal"
+RESULT = "result"
+OLD = "replaced"
 TEMPORARY = ".tmp"
-_LAST = ("config.json", INDEX)
+_OWN = {LOCK, JOURNAL, RESULT, OLD}
+_LAST = (INDEX, "config.json")
+
+
+def resumable(path: Path) -> bool:
+    """Whether an unfinished run on ``path`` left work that the same command would go on from."""
+    return bool(Journal(_partial(path.resolve()) / JOURNAL).done)
 
 
 class Destination:
-    """``with Destination(dst, files) as stage: ...; stage.commit()``. Leaving without a commit removes what was written."""
+    """``with Destination(dst, files, identity=...) as stage: ...; stage.commit()``."""
 
-    def __init__(self, path: Path, sources: Iterable[Path], *, overwrite: bool = False, n_bytes: int = 0) -> None:
+    def __init__(
+        self, path: Path, sources: Iterable[Path], *, identity: Entry, overwrite: bool = False, n_bytes: int = 0
+    ) -> None:
         """Check, before anything is written, that ``path`` can take a result of ``n_bytes`` made from the files ``sources``.
+
+        Parameters
+        ----------
+        identity : dict
+            JSON values on which the bytes of the result depend; an unfinished run with the same is continued.
 
         Raises
         ------
         PyfoldError
-            If ``path`` is a file, is not empty, lies in the source or around it, or holds something that is no checkpoint.
+            If ``path`` is a file, is not empty, lies in the source or around it, or holds something that is no checkpoint; or
+            if an unfinished run with another identity has left its work.
         OSError
             If there is not enough disk.
         """
-        self._given, self._overwrite = path, overwrite
+        self._given, self._overwrite, self._identity = path, overwrite, json.loads(json.dumps(identity))
         try:
             self.path = path.resolve()
         except RuntimeError:
@@ -51,19 +73,30 @@ class Destination:
                         f"{path}: the destination and the source {file.parent} lie in one another; choose another"
                     )
         self._inside = os.path.ismount(self.path)
-        self.partial = self.path / PARTIAL if self._inside else self.path.with_name(self.path.name + PARTIAL)
+        self.partial = _partial(self.path)
+        self.folder = self.partial / RESULT  # where the result grows
         self._check()
+        written = sum(512 * file.stat().st_blocks for file in self.folder.glob("*"))
         parent = next(folder for folder in self.partial.parents if folder.exists())
         free = shutil.disk_usage(parent).free
-        if free < n_bytes:
-            raise OSError(errno.ENOSPC, f"the result needs {n_bytes:,} bytes and {free:,} are free", str(parent))
+        if free < n_bytes - written:
+            raise OSError(errno.ENOSPC, f"the result needs {n_bytes - written:,} bytes and {free:,} are free", str(parent))
 
     def _check(self) -> None:
         path = self._given
+        if self.partial.is_symlink() or (self.partial.exists() and set(os.listdir(self.partial)) - _OWN):
+            raise PyfoldError(f"{self.partial}: pyfold needs this name and did not make it; move it away")
+        journal = Journal(self.partial / JOURNAL)
+        if journal.done and journal.identity != self._identity:
+            raise PyfoldError(
+                f"{path}: an unfinished run with {_difference(journal.identity or {}, self._identity)}; "
+                f"repeat its command to complete it, or remove {self.partial}"
+            )
         if self.path.exists() and not self.path.is_dir():
             raise PyfoldError(f"{path}: the destination is a file; choose a folder")
+        moving = _commit_of(journal).get("files", []) if self._inside else []
         entries = sorted(self.path.iterdir()) if self.path.is_dir() else []
-        entries = [entry for entry in entries if entry.name != PARTIAL]
+        entries = [entry for entry in entries if entry.name != PARTIAL and entry.name not in moving]
         self._replace = bool(entries)
         if self._replace:
             if not self._overwrite:
@@ -81,90 +114,152 @@ class Destination:
                 raise PyfoldError(
                     f"{path}: a mount point cannot be exchanged with its replacement; overwrite a folder inside it"
                 )
-        if self.partial.is_symlink() or (self.partial.exists() and not (self.partial / LOCK).is_file()):
-            raise PyfoldError(f"{self.partial}: pyfold needs this name and did not make it; move it away")
 
     def __enter__(self) -> Destination:
-        self.partial.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.partial / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        self._lock = self._locked()
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._settle()
             self._check()  # another run may have ended since
-        except BaseException as error:
-            os.close(self._lock)
-            if isinstance(error, BlockingIOError):
-                message = f"{self._given}: another pyfold is writing it; wait for it, or choose another destination"
-                raise PyfoldError(message) from None
+            if not Journal(self.partial / JOURNAL).done:
+                self._clear()
+            self.journal = Journal(self.partial / JOURNAL)
+            self.folder.mkdir(exist_ok=True)
+            self.journal.begin(self._identity)
+            sync_folder(self.partial)
+            sync_folder(self.partial.parent)
+        except BaseException:
+            self._leave(keep=resumable(self.path))
             raise
-        for entry in self.partial.iterdir():  # a killed run's
-            if entry.name != LOCK:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        old = _old(self.partial)
-        if old.exists():  # killed between the renames of an exchange
-            shutil.rmtree(old) if self._replace else os.rename(old, self.path)
-            self._check()
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        # Under another name first: from here on the partial folder may be another run's.
-        trash = self.partial.with_name(f"{self.partial.name}.{os.getpid()}.trash")
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        self.journal.close()
+        committed = bool(self.journal.done and "commit" in self.journal.done[-1] and kind is None)
+        self._leave(keep=not committed and bool(self.journal.done) and not (kind and issubclass(kind, PyfoldError)))
+
+    def _locked(self) -> int:
+        while True:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.partial / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(lock).st_ino == os.stat(self.partial / LOCK).st_ino:
+                    return lock
+            except BlockingIOError:
+                os.close(lock)
+                message = f"{self._given}: another pyfold is writing it; wait for it, or choose another destination"
+                raise PyfoldError(message) from None
+            except FileNotFoundError:
+                pass
+            os.close(lock)  # of a run that has just ended and removed its folder
+
+    def _settle(self) -> None:
+        """Finish, or undo, the commit in which a run was killed."""
+        commit = _commit_of(Journal(self.partial / JOURNAL))
+        if not commit:
+            return
+        if self._inside:
+            moved = (self.path / "config.json").exists()  # the last to move
+            for name in commit["files"]:
+                if not moved and (self.path / name).exists():
+                    os.rename(self.path / name, self.folder / name)
+        else:
+            moved = not self.folder.exists() or self.folder.stat().st_ino != commit["inode"]
+            if not moved and (self.partial / OLD).exists() and not self.path.exists():
+                os.rename(self.partial / OLD, self.path)
+        if moved:
+            self._clear()
+
+    def _clear(self) -> None:
+        for entry in self.partial.iterdir():
+            if entry.name != LOCK:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def _leave(self, *, keep: bool) -> None:
         try:
-            os.rename(self.partial, trash)
-            shutil.rmtree(trash)
-        except FileNotFoundError:
-            pass  # committed
+            if not keep:
+                # Under another name first: from here on the partial folder may be another run's.
+                trash = self.partial.with_name(f"{self.partial.name}.{os.getpid()}.trash")
+                os.rename(self.partial, trash)
+                shutil.rmtree(trash)
         finally:
             os.close(self._lock)
 
     def write_text(self, name: str, text: str) -> None:
         """Write one file of the result. What makes a loader open a folder has a temporary name until ``commit``."""
-        with (self.partial / (name + TEMPORARY if name in _LAST else name)).open("wb") as file:
-            file.write(text.encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
+        (self.folder / (name + TEMPORARY if name in _LAST else name)).write_bytes(text.encode("utf-8"))
 
     def commit(self) -> None:
         """Put the result in place. The lock is held, by its open file, until the block is left."""
-        names = {entry.name for entry in self.partial.iterdir()} - {LOCK}
-        last = [name for name in _LAST if name + TEMPORARY in names]
-        if self._inside:
-            for name in sorted(names - {name + TEMPORARY for name in last}):
-                os.rename(self.partial / name, self.path / name)
+        last = [name for name in _LAST if (self.folder / (name + TEMPORARY)).exists()]
+        names = sorted({entry.name for entry in self.folder.iterdir()} - {name + TEMPORARY for name in last})
+        for name in names + [name + TEMPORARY for name in last]:
+            _sync(self.folder / name)
         for name in last:
-            os.rename(self.partial / (name + TEMPORARY), (self.path if self._inside else self.partial) / name)
-        _sync_folder(self.partial)
+            os.rename(self.folder / (name + TEMPORARY), self.folder / name)
+        sync_folder(self.folder)
+        names = [name for name in names if name not in last] + last
+        self.journal.append({"commit": {"inode": self.folder.stat().st_ino, "files": names}})
         if self._inside:
-            _sync_folder(self.path)
-        elif self._replace:
-            _exchange(self.partial, self.path)
+            for name in names:
+                if name == names[-1]:
+                    sync_folder(self.path)
+                os.rename(self.folder / name, self.path / name)
+            sync_folder(self.path)
+            return
+        if self._replace:
+            _exchange(self.folder, self.path, self.partial / OLD)
         else:
-            os.rename(self.partial, self.path)  # onto nothing, or an empty folder
-        (self.path / LOCK).unlink(missing_ok=True)
-        _sync_folder(self.path.parent)
+            os.rename(self.folder, self.path)  # onto nothing, or an empty folder
+        sync_folder(self.path.parent)
 
 
-def _old(partial: Path) -> Path:
-    return partial.with_name(partial.name + ".old")
+def _partial(path: Path) -> Path:
+    return path / PARTIAL if os.path.ismount(path) else path.with_name(path.name + PARTIAL)
 
 
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
+def _commit_of(journal: Journal) -> Entry:
+    """The commit that a journal ends with."""
+    commit: Entry = journal.done[-1].get("commit", {}) if journal.done else {}
+    return commit
+
+
+def _difference(theirs: Entry, ours: Entry) -> str:
+    """What an unfinished run had otherwise, to be read by its owner."""
+    for key, value in ours.items():
+        other = theirs.get(key)
+        if isinstance(value, dict) and isinstance(other, dict) and value != other:
+            inner = next(name for name in {**value, **other} if value.get(name) != other.get(name))
+            if key == "sources":
+                return f"another {inner} (its size or time of change differs)"
+            return f"{inner} {other.get(inner)} instead of {value.get(inner)}"
+        if value != other:
+            return f"{key} {other} instead of {value}"
+    return "other options"
+
+
+def _sync(path: Path, flags: int = 0) -> None:
+    file = os.open(path, os.O_RDONLY | flags)
     try:
-        os.fsync(folder)
+        os.fsync(file)
     finally:
-        os.close(folder)
+        os.close(file)
 
 
-def _exchange(partial: Path, path: Path) -> None:
-    """Swap two folders: in one step where the kernel and file system can (Linux renameat2), else in three renames."""
+def sync_folder(path: Path) -> None:
+    """The names in a folder outlive the machine once this returns."""
+    _sync(path, os.O_DIRECTORY)
+
+
+def _exchange(new: Path, path: Path, old: Path) -> None:
+    """Put ``new`` in the place of ``path``: in one step where the kernel and file system can (Linux renameat2), else in two."""
     at_cwd, exchange = -100, 2
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:
-        if renameat2(at_cwd, os.fsencode(partial), at_cwd, os.fsencode(path), exchange) == 0:
+        if renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(path), exchange) == 0:
             return
         code = ctypes.get_errno()
         if code not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
             raise OSError(code, os.strerror(code), str(path))
-    os.rename(path, _old(partial))
-    os.rename(partial, path)
-    os.rename(_old(partial), partial)
+    os.rename(path, old)
+    os.rename(new, path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -190,8 +190,10 @@ def as_bytes(tensor: Tensor) -> memoryview:
 class Shard:
     """One output file with a layout fixed in advance; tensors are written in any order, whole or in pieces."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-        """Create ``path`` with the header for ``tensors``: name -> (safetensors dtype, shape)."""
+    def __init__(
+        self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], written: Container[str] = frozenset()
+    ) -> None:
+        """``path`` with the header for ``tensors``: name -> (safetensors dtype, shape); those ``written`` already are kept."""
         self.path = path
         # Widest items first, as the safetensors package does, so that every tensor is aligned.
         order = sorted(tensors, key=lambda name: -ITEM_SIZE[tensors[name][0]])
@@ -205,8 +207,9 @@ class Shard:
         blob = json.dumps(header, separators=(",", ":")).encode()
         blob += b" " * (-len(blob) % 8)
         self._begin = {name: 8 + len(blob) + header[name]["data_offsets"][0] for name in order}
-        self._left = {name: header[name]["data_offsets"][1] - header[name]["data_offsets"][0] for name in order}
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        sizes = {name: header[name]["data_offsets"][1] - header[name]["data_offsets"][0] for name in order}
+        self._left = {name: size for name, size in sizes.items() if name not in written}
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             self._write(memoryview(struct.pack("<Q", len(blob)) + blob), 0)
         except BaseException:
@@ -226,12 +229,15 @@ class Shard:
         """Whether every tensor has been written."""
         return not self._left
 
-    def close(self, *, sync: bool) -> None:
+    def sync(self) -> None:
+        """What has been written outlives the machine once this returns."""
         try:
-            if sync:
-                os.fsync(self._file)
-        finally:
-            os.close(self._file)
+            os.fsync(self._file)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write: {error.strerror}", str(self.path)) from None
+
+    def close(self) -> None:
+        os.close(self._file)
 
     def _write(self, data: memoryview, offset: int) -> None:
         done = 0
