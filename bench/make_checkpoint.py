@@ -151,15 +151,13 @@ def _write_weights(folder: Path, plan: Plan, pieces: Iterator[Piece]) -> None:
         shards = {}
         for file, names in plan.shards.items():
             shard = Shard(folder / file, {name: plan.tensors[name] for name in names})
-            stack.push(partial(_close, shard))
+            stack.callback(shard.close)
             shards |= dict.fromkeys(names, shard)
         for name, at, values in pieces:
             shards[name].write(name, values, at * values.element_size())
             bar.update(values.nbytes)
-
-
-def _close(shard: Shard, error: type[BaseException] | None, *_: object) -> None:
-    shard.close(sync=error is None)
+        for names in plan.shards.values():
+            shards[names[0]].sync()
 
 
 def _pieces(preset: Preset, rows: str, dtype: torch.dtype, seed: int) -> Iterator[Piece]:
