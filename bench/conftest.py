@@ -1,4 +1,4 @@
-"""``--scale``, the rows to fold, and the end of every ``pytest bench/bench_<name>.py``: tables, JSON after a whole full run."""
+"""Options, the rows to fold, and the end of every ``pytest bench/bench_<name>.py``: tables, JSON after a whole full run."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ REPORTS = pytest.StashKey[list[Report]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--scale", choices=("small", "full"), default="full", help="small: seconds, to see that it works")
+    group.addoption("--cache", default=".cache", metavar="DIR", help="bench_stream: where checkpoints are made and kept")
+    group.addoption("--layers", type=int, metavar="N", help="bench_stream: a checkpoint of N layers; its JSON is not written")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -69,7 +71,8 @@ def problem(request: pytest.FixtureRequest, report: Report) -> Problem:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, exitstatus: pytest.ExitCode, config: pytest.Config
 ) -> None:
-    whole = exitstatus == pytest.ExitCode.OK and not config.option.keyword and not any("::" in arg for arg in config.args)
+    selected = config.option.keyword or config.option.layers or any("::" in arg for arg in config.args)
+    whole = exitstatus == pytest.ExitCode.OK and not selected
     for report in config.stash[REPORTS]:
         terminalreporter.section(f"{report.name}, {config.getoption('--scale')} scale")
         sizes = asdict(report.sizes)

@@ -72,6 +72,7 @@ def _fold(args: argparse.Namespace) -> None:
             dtype=args.dtype,
             max_shard_size=args.max_shard_size,
             overwrite=args.overwrite,
+            host_memory=args.host_memory,
             backend=args.backend,
             progress=progress,
         )
@@ -218,6 +219,11 @@ def _parser() -> argparse.ArgumentParser:
     fold.add_argument("--dtype", default="keep", help="keep (default), float32, float16 or bfloat16")
     fold.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights, as in 5GB (default)")
     fold.add_argument("--overwrite", action="store_true", help="replace the checkpoint at DST once the new one is complete")
+    fold.add_argument(
+        "--host-memory",
+        metavar="SIZE",
+        help="what the process may take at most, as in 2GiB: weights that do not fit are read in pieces, to the same result",
+    )
     fold.add_argument(
         "--backend",
         default="auto",

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pyfold import __version__, ops
+from pyfold.budget import PIECE, Budget, make_budget
 from pyfold.clustering import cluster
 from pyfold.deliver import huggingface
 from pyfold.errors import PyfoldError
@@ -28,7 +29,7 @@ from pyfold.io.checkpoint import INDEX, Checkpoint, open_checkpoint
 from pyfold.io.destination import Destination, sync_folder
 from pyfold.io.safetensors import ITEM_SIZE, Reader, Shard, TensorInfo, as_bytes, torch_dtype
 from pyfold.plan import Plan, make_plan, parse_size
-from pyfold.report import FoldReport, GroupReport, peak_rss_bytes
+from pyfold.report import FoldReport, GroupReport, peak_rss_bytes, rss_bytes
 
 _RECORDED = 1 << 28  # bytes of tensors outside the groups that are written between two lines of the journal
 # done, total, what: called as work proceeds, in bytes of source weights.
@@ -46,6 +47,7 @@ def fold_checkpoint(
     dtype: str = "keep",
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    host_memory: int | str | None = None,
     backend: str = "auto",
     progress: Progress | None = None,
 ) -> FoldReport:
@@ -71,6 +73,9 @@ def fold_checkpoint(
         Largest file of weights, as in ``"5GB"``.
     overwrite : bool
         Replace a checkpoint at ``dst``; the old one survives until the new one is complete.
+    host_memory : int or str, optional
+        Bytes this process may take at most, interpreter and imports included, as in ``"2GiB"``. Weights that do not fit are
+        read in pieces; the result is the same.
     backend : str
         ``auto``, or a name from :func:`pyfold.ops.backends`.
     progress : callable, optional
@@ -109,6 +114,8 @@ def fold_checkpoint(
     )
     config = huggingface.patched_config(checkpoint, family, plan, dtype)
     backend = ops.resolve(backend)
+    limit = None if host_memory is None else parse_size(host_memory, "host_memory")
+    budget = make_budget(checkpoint, plan, limit, rss_bytes())
     license = huggingface.source_license(checkpoint)
     options = {
         "ratio": None if ratio is None else float(ratio),
@@ -122,7 +129,7 @@ def fold_checkpoint(
     stamps = _stamps(sources)
     identity = {"pyfold": __version__, "options": options, "backend": backend, "sources": stamps}
     with Destination(Path(dst), sources, identity=identity, overwrite=overwrite, n_bytes=plan.nbytes) as stage:
-        groups, hashes = _write_weights(checkpoint, plan, stage, backend, progress)
+        groups, hashes = _write_weights(checkpoint, plan, budget, stage, backend, progress)
         for file in checkpoint.companions():
             shutil.copyfile(file, stage.folder / file.name)
         for module in sorted(huggingface.modules(config)):
@@ -168,7 +175,7 @@ class _Hashes(NamedTuple):
 
 
 def _write_weights(
-    checkpoint: Checkpoint, plan: Plan, stage: Destination, backend: str, progress: Progress | None
+    checkpoint: Checkpoint, plan: Plan, budget: Budget, stage: Destination, backend: str, progress: Progress | None
 ) -> tuple[list[GroupReport], _Hashes]:
     """Fold every planned group and copy every other tensor. Returns the groups' reports and the tensors' hashes."""
     reports: dict[str, GroupReport] = {}
@@ -196,7 +203,8 @@ def _write_weights(
             if progress:
                 progress(done, checkpoint.nbytes, group.name)
             new = _Hashes({}, {})
-            reports[group.name] = _fold_group(group, k, members, reader, writer, new, backend)
+            features = budget.groups[group.name].features
+            reports[group.name] = _fold_group(group, k, members, features, reader, writer, new, backend)
             record(new, group=vars(reports[group.name]))
             done += sum(info.nbytes for info in members.values())
         others = [info for name, info in checkpoint.tensors.items() if name not in folded and name not in hashes.source]
@@ -219,31 +227,51 @@ def _fold_group(
     group: FoldGroup,
     k: int,
     members: dict[str, TensorInfo],
+    features: int | None,
     reader: Reader,
     writer: _Writer,
     hashes: _Hashes,
     backend: str,
 ) -> GroupReport:
-    """Read a group once, cluster its units, write its members merged."""
+    """Read a group, cluster its units, write its members merged.
+
+    Weights are held from the one to the other, or, where ``features`` is given, read twice in pieces of so many features.
+    """
     gram = torch.empty((group.width, group.width), dtype=torch.float32)
-    weights: dict[str, Tensor] = {}
+    held: dict[str, Tensor] = {}
+    accumulate = False
     # In the group's own order, which fixes the order of summation whatever the shard layout.
-    for i, (name, info) in enumerate(members.items()):
-        weight = weights[name] = reader.read(info)
-        hashes.source[name] = hashlib.sha256(as_bytes(weight)).hexdigest()
-        _check_finite(info, weight, 0, backend)
-        matrix = weight.unsqueeze(1) if weight.dim() == 1 else weight
-        ops.gram(matrix, out=gram, accumulate=i > 0, transposed=name in group.consumers, backend=backend)
+    for name, info in members.items():
+        spans = _spans(info, group, features)
+        if len(spans) > 1:
+            hashes.source[name] = _sha256(reader, info, backend)
+        for span in spans:
+            piece = _read(reader, info, group, span)
+            if len(spans) == 1:
+                hashes.source[name] = hashlib.sha256(as_bytes(piece)).hexdigest()
+                _check_finite(info, piece, 0, backend)
+            if features is None:
+                held[name] = piece
+            matrix = piece.unsqueeze(1) if piece.dim() == 1 else piece
+            ops.gram(matrix, out=gram, accumulate=accumulate, transposed=name in group.consumers, backend=backend)
+            accumulate = True
+            del piece, matrix
     try:
         clusters = cluster(gram=gram, n_clusters=k, overwrite_gram=True, backend=backend)
     except ValueError as error:
         raise PyfoldError(f"{members[group.producers[0]].path}: {group.name} cannot be clustered: {error}") from None
+    del gram
     for name, info in members.items():
         merge = ops.merge_columns if name in group.consumers else ops.merge_rows
-        merged = merge(weights.pop(name), clusters.labels, k, dtype=writer.dtype(name), backend=backend)
-        _check_finite(info, merged, 0, backend, "folded")
-        hashes.result[name] = hashlib.sha256(as_bytes(merged)).hexdigest()
-        writer.write(name, merged)
+        spans = _spans(info, group, features)
+        for span in spans:
+            piece = held.pop(name) if held else _read(reader, info, group, span)
+            merged = merge(piece, clusters.labels, k, dtype=writer.dtype(name), backend=backend)
+            del piece
+            _check_finite(info, merged, 0, backend, "folded")
+            writer.write_piece(name, merged, span[0], by_rows=name in group.consumers or merged.dim() == 1)
+        whole = hashlib.sha256(as_bytes(merged)).hexdigest() if len(spans) == 1 else None
+        hashes.result[name] = whole or _sha256(reader, writer.place(name), backend)
     return GroupReport(
         name=group.name,
         layer=group.layer,
@@ -257,13 +285,36 @@ def _fold_group(
     )
 
 
+def _spans(info: TensorInfo, group: FoldGroup, features: int | None) -> list[tuple[int, int]]:
+    """The features of a member, cut."""
+    extent = info.n_parameters // group.width
+    step = features or extent
+    return [(begin, min(begin + step, extent)) for begin in range(0, extent, step)]
+
+
+def _read(reader: Reader, info: TensorInfo, group: FoldGroup, span: tuple[int, int]) -> Tensor:
+    """Some features of a member: rows of a consumer, columns of a producer."""
+    if span == (0, info.n_parameters // group.width):
+        return reader.read(info)
+    return reader.rows(info, *span) if info.name in group.consumers else reader.columns(info, *span)
+
+
+def _sha256(reader: Reader, info: TensorInfo, backend: str) -> str:
+    """Of a tensor on the disk, all of whose numbers must be finite."""
+    digest = hashlib.sha256()
+    for at, piece in reader.chunks(info):
+        digest.update(as_bytes(piece))
+        _check_finite(info, piece, at, backend)
+    return digest.hexdigest()
+
+
 def _copy(info: TensorInfo, reader: Reader, writer: _Writer, hashes: _Hashes, backend: str) -> None:
     """Stream a tensor outside every folded group through, in pieces."""
     read, written = hashlib.sha256(), hashlib.sha256()
     to = writer.dtype(info.name)
     if info.n_parameters == 0:
         writer.write(info.name, torch.empty(info.shape, dtype=to))
-    for at, piece in reader.chunks(info):
+    for at, piece in reader.chunks(info, PIECE):
         read.update(as_bytes(piece))
         _check_finite(info, piece, at, backend)
         if to != piece.dtype:
@@ -294,6 +345,7 @@ class _Writer:
         self._folder = folder
         self._written = written
         self._open: dict[str, Shard] = {}
+        self._places: dict[str, TensorInfo] = {}
         self._closed = {shard for shard, names in plan.shards.items() if written.issuperset(names)}
         for shard in {self._shard_of[name] for name in written}:
             if not (folder / shard).exists():
@@ -314,11 +366,31 @@ class _Writer:
     def write(self, name: str, tensor: Tensor, at: int = 0) -> None:
         """Write a tensor, or the piece of it that starts at element ``at``."""
         shard_name = self._shard_of[name]
+        self._shard(shard_name).write(name, tensor, at * ITEM_SIZE[self._plan.tensors[name][0]])
+        self._settle(shard_name)
+
+    def write_piece(self, name: str, tensor: Tensor, begin: int, *, by_rows: bool) -> None:
+        """Write the rows, or else the columns, of a tensor that start at ``begin``."""
+        if by_rows:
+            return self.write(name, tensor, begin * (tensor.numel() // max(1, tensor.shape[0])))
+        shard_name = self._shard_of[name]
+        self._shard(shard_name).write_columns(name, tensor, begin)
+        self._settle(shard_name)
+
+    def place(self, name: str) -> TensorInfo:
+        """Where in the result a tensor is."""
+        return self._places[name]
+
+    def _shard(self, shard_name: str) -> Shard:
         if shard_name not in self._open:
             layout = {member: self._plan.tensors[member] for member in self._plan.shards[shard_name]}
-            self._open[shard_name] = Shard(self._folder / shard_name, layout, self._written)
+            shard = self._open[shard_name] = Shard(self._folder / shard_name, layout, self._written)
+            self._places.update({member: shard.place(member) for member in layout})
+        return self._open[shard_name]
+
+    def _settle(self, shard_name: str) -> None:
+        """Put a complete shard on the disk."""
         shard = self._open[shard_name]
-        shard.write(name, tensor, at * ITEM_SIZE[self._plan.tensors[name][0]])
         if shard.complete:
             shard.sync()
             self._open.pop(shard_name).close()

@@ -152,18 +152,18 @@ def parse_layers(layers: str | Iterable[int] | None, n_layers: int) -> list[int]
     return sorted(chosen)
 
 
-def parse_size(size: int | str) -> int:
+def parse_size(size: int | str, what: str = "max_shard_size") -> int:
     """Bytes from a number or ``"5GB"``, ``"500MB"``, ``"2GiB"``."""
     if isinstance(size, int):
         n_bytes = size
     else:
         match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
         if not match:
-            raise PyfoldError(f"max_shard_size: expected a size as in 5GB or 500MiB, got '{size}'")
+            raise PyfoldError(f"{what}: expected a size as in 5GB or 500MiB, got '{size}'")
         power = " KMGT".index(match[2].upper() or " ")
         n_bytes = int(Fraction(match[1]) * (1024 if match[3] else 1000) ** power)
     if n_bytes < 1:
-        raise PyfoldError(f"max_shard_size: expected at least 1 byte, got {size}")
+        raise PyfoldError(f"{what}: expected at least 1 byte, got {size}")
     return n_bytes
 
 

@@ -100,9 +100,18 @@ def how_to_load(path: Path | str, profile: str) -> str:
 
 def peak_rss_bytes() -> int:
     """Highest resident set of this process so far (VmHWM)."""
+    return _status("VmHWM:")
+
+
+def rss_bytes() -> int:
+    """Resident set of this process now (VmRSS)."""
+    return _status("VmRSS:")
+
+
+def _status(field: str) -> int:
     try:
         status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
     except (FileNotFoundError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024

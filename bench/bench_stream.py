@@ -1,0 +1,206 @@
+"""A LLaMA-7B checkpoint folded by the command line, against the sum of its parts and a copy of the same bytes.
+
+Run by hand: ``pytest bench/bench_stream.py [--scale small] [--layers N] [--cache DIR]``. Makes the checkpoint in the cache (for
+7B 13.5 GB, kept for the next run; the result is 11 GB more, removed). Fold and copy start with the source evicted from the page
+cache, end with fsync, and read and write the same number of bytes. The other parts are measured on the tensors of one layer,
+in memory, and count once for each layer. Seconds of the fold are a process's from its start to its end, imports included; its
+peak memory is the kernel's figure (``child.py``).
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import child
+import pytest
+import torch
+from conftest import Report
+
+from pyfold import ops
+from pyfold.clustering import labels_of
+from pyfold.families import FoldGroup, family_of
+from pyfold.io.checkpoint import Checkpoint, open_checkpoint
+from pyfold.io.safetensors import Reader
+from pyfold.plan import target_width
+
+COPIES = 2  # one can take four times the other on a disk shared with strangers
+MAKE = Path(__file__).with_name("make_checkpoint.py")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """make_checkpoint.py's preset and layers; share of the units to remove; rounds of a part, of which the best counts."""
+
+    preset: str
+    layers: int
+    ratio: float
+    rounds: int
+
+
+SIZES = {
+    "full": Sizes("llama-7b", layers=32, ratio=0.2, rounds=3),
+    "small": Sizes("small", layers=8, ratio=0.2, rounds=3),
+}
+
+
+class Moved(NamedTuple):
+    """A copy: seconds, and what the kernel read from the disk and wrote, in bytes."""
+
+    seconds: float
+    read: int
+    written: int
+
+
+@pytest.fixture(scope="module")
+def source(report: Report, request: pytest.FixtureRequest) -> Path:
+    """The checkpoint, made once and kept; where it is made, what that took becomes a note."""
+    if layers := request.config.getoption("--layers"):
+        report.sizes = replace(report.sizes, layers=layers)
+    sizes = report.sizes
+    folder = Path(request.config.getoption("--cache")) / f"{sizes.preset}-{sizes.layers}-layers"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = child.run([sys.executable, MAKE, "--preset", sizes.preset, "--layers", sizes.layers, folder])
+        assert made.returncode == 0
+        report.notes.append(f"Checkpoint made in {made.seconds:.0f} s, peak memory {made.peak_rss / 2**20:.0f} MiB.")
+    return folder
+
+
+@pytest.fixture
+def scratch(source: Path) -> Iterator[Path]:
+    """Where results go: on the disk of the source, and gone afterwards."""
+    folder = source.with_name(f"{source.name}-scratch")
+    shutil.rmtree(folder, ignore_errors=True)  # a killed run's
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_stream(report: Report, source: Path, scratch: Path) -> None:
+    sizes = report.sizes
+    checkpoint = open_checkpoint(source)
+    files = sorted({info.path for info in checkpoint.tensors.values()})
+    source_bytes = sum(file.stat().st_size for file in files)
+    _evict(files)
+    fold = child.run([sys.executable, "-m", "pyfold", "fold", source, scratch / "folded", "--ratio", sizes.ratio, "--quiet"])
+    assert fold.returncode == 0
+    result_bytes = sum(file.stat().st_size for file in (scratch / "folded").iterdir())
+    shutil.rmtree(scratch / "folded")
+    copies = []
+    for _ in range(COPIES):
+        _evict(files)
+        copies.append(_copy(files, scratch / "copy", result_bytes))
+        (scratch / "copy").unlink()
+    copy = min(copies)
+    group = family_of(checkpoint).fold_groups(checkpoint)[0]
+    layer = _one_layer(checkpoint, group, target_width(group, sizes.ratio, None), sizes.rounds)
+
+    torch_mm = sizes.layers * layer.pop("torch.mm, full fp32 product")
+    parts = {part: sizes.layers * seconds for part, seconds in layer.items()} | {"copy": copy.seconds}
+    whole = sum(parts.values())
+    report.tables["parts, each alone"] = [
+        {"part": part, "one layer s": layer.get(part), "all s": seconds, "share": seconds / whole}
+        for part, seconds in parts.items()
+    ] + [
+        {"part": "sum", "one layer s": None, "all s": whole, "share": 1.0},
+        {"part": "torch.mm, full fp32 product", "one layer s": torch_mm / sizes.layers, "all s": torch_mm},
+    ]
+    measured = {
+        "seconds": (fold.seconds, None),
+        "seconds / sum of the parts": (fold.seconds / whole, "<= 1.15"),
+        "seconds / torch.mm of all layers": (fold.seconds / torch_mm, "<= 0.85"),
+        "peak memory GiB": (fold.peak_rss / 2**30, "< 2"),
+        "GB read from the disk": (fold.read / 1e9, None),
+        "GB read from the disk by the copy": (copy.read / 1e9, None),
+        "GB written": (fold.written / 1e9, None),
+        "GB written by the copy": (copy.written / 1e9, None),
+    }
+    report.tables["pyfold fold"] = [
+        {"measured": name, "value": value, "asked": asked if sizes.preset == "llama-7b" else None}
+        for name, (value, asked) in measured.items()
+    ]
+    report.notes += [
+        f"Source {source_bytes:,} bytes, result {result_bytes:,} bytes.",
+        f"Copies, of which the best counts: {', '.join(f'{copy.seconds:.1f}' for copy in copies)} s.",
+    ]
+
+
+def _evict(files: Iterable[Path]) -> None:
+    """Out of the page cache: dirty pages would stay."""
+    for path in files:
+        with _opened(path, os.O_RDONLY) as file:
+            os.fsync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _copy(sources: list[Path], target: Path, n_bytes: int) -> Moved:
+    """Read every source once and write ``n_bytes`` of it, evenly spread over the reading; fsync."""
+    total = sum(path.stat().st_size for path in sources)
+    buffer = memoryview(bytearray(1 << 24))
+    before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    read = written = 0
+    with _opened(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as out:
+        for path in sources:
+            with _opened(path, os.O_RDONLY) as file:
+                while got := os.readv(file, [buffer]):
+                    read += got
+                    while (due := n_bytes * read // total - written) > 0:
+                        written += os.write(out, buffer[:due])
+        os.fsync(out)
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
+    return Moved(seconds, 512 * (after.ru_inblock - before.ru_inblock), 512 * (after.ru_oublock - before.ru_oublock))
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    file = os.open(path, flags)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _one_layer(checkpoint: Checkpoint, group: FoldGroup, k: int, rounds: int) -> dict[str, float]:
+    """Best seconds of each step of a fold of one group, into memory already touched, and of torch.mm of its features."""
+    with Reader() as reader:
+        weights = {name: reader.read(checkpoint.tensors[name]) for name in group.tensors}
+    gram = torch.zeros(group.width, group.width)
+    labels = torch.empty(0)
+    merged = {
+        name: torch.zeros(group.shape_at(k, name, tuple(weight.shape)), dtype=weight.dtype) for name, weight in weights.items()
+    }
+    best: dict[str, float] = {}
+
+    def measure(name: str, action: Callable[[], None]) -> None:
+        for _ in range(rounds):
+            start = time.perf_counter()
+            action()
+            best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
+
+    def multiply() -> None:
+        for i, (name, weight) in enumerate(weights.items()):
+            ops.gram(weight, out=gram, accumulate=i > 0, transposed=name in group.consumers)
+
+    def cluster() -> None:
+        nonlocal labels
+        labels, _ = ops.hartigan(gram, labels_of(ops.ward(gram, k), group.width), k)
+
+    def merge() -> None:
+        for name, weight in weights.items():
+            (ops.merge_columns if name in group.consumers else ops.merge_rows)(weight, labels, k, out=merged[name])
+
+    measure("half Grams", multiply)
+    measure("Ward and refinement", cluster)
+    measure("merges", merge)
+    features = torch.cat([weight.T if name in group.consumers else weight for name, weight in weights.items()], 1).float()
+    measure("torch.mm, full fp32 product", lambda: torch.mm(features, features.T, out=gram))
+    return best

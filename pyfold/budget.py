@@ -1,0 +1,91 @@
+"""How much memory a fold takes, before a weight is read, and how a group is cut so that it takes no more than it may.
+
+A group in hand is its Gram matrix, its weights, and what the kernels work in. Weights that do not fit beside the rest are read
+in pieces of their features, once for the Gram matrix and once for merging, and the result is the same to the bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from pyfold.errors import PyfoldError
+from pyfold.families import FoldGroup
+from pyfold.io.checkpoint import Checkpoint
+from pyfold.io.safetensors import ITEM_SIZE
+from pyfold.plan import Plan
+
+PANEL = 512  # features: what the Gram kernels sum at a time, so that cutting between panels changes no bit
+PIECE = 1 << 24  # bytes of a tensor outside the groups that are in hand
+_PACKED = 40 << 20  # of panels packed by the Gram kernel, unless one panel is more
+_PACKED_ITEM = 6  # bytes of a packed number
+_CLUSTERING = 3200  # bytes per unit that Ward, Hartigan and their results take beside G (measured: 3100)
+_SLACK = 24 << 20  # stacks of threads, small tensors, what the allocator keeps
+
+
+@dataclass(frozen=True)
+class GroupBudget:
+    """Features of a group's weights in hand at once (None: whole weights), and its peak in bytes beside the process."""
+
+    features: int | None
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every group takes; ``process`` is what interpreter and imports hold."""
+
+    process: int
+    groups: dict[str, GroupBudget]
+
+    @property
+    def peak(self) -> int:
+        """Bytes at most: VmHWM of the process."""
+        return self.process + max((group.nbytes for group in self.groups.values()), default=0) + 2 * PIECE
+
+
+def make_budget(checkpoint: Checkpoint, plan: Plan, host_memory: int | None, process: int) -> Budget:
+    """Cut every group so that the process stays below ``host_memory`` bytes, no finer than that takes.
+
+    Raises
+    ------
+    PyfoldError
+        If a group does not fit however finely it is cut; names the least that would do.
+    """
+    groups = {}
+    for group, k in plan.groups:
+        room = None if host_memory is None else host_memory - process - 2 * PIECE
+        whole = group_bytes(group, k, checkpoint, None)
+        if room is None or whole <= room:
+            groups[group.name] = GroupBudget(None, whole)
+            continue
+        finest = group_bytes(group, k, checkpoint, PANEL)
+        if finest > room:
+            least = finest + process + 2 * PIECE
+            raise PyfoldError(
+                f"host_memory: {group.name} needs at least {least / 2**20:.0f} MiB ({least:,} bytes), got "
+                f"{(host_memory or 0) / 2**20:.0f} MiB; its Gram matrix alone takes {4 * group.width**2 / 2**20:.0f}"
+            )
+        most = max(checkpoint.tensors[name].n_parameters // group.width for name in group.tensors)
+        features = max(size for size in range(PANEL, most + PANEL, PANEL) if group_bytes(group, k, checkpoint, size) <= room)
+        groups[group.name] = GroupBudget(features, group_bytes(group, k, checkpoint, features))
+    return Budget(process, groups)
+
+
+def group_bytes(group: FoldGroup, k: int, checkpoint: Checkpoint, features: int | None) -> int:
+    """Peak of folding a group with so many features of a weight in hand."""
+    n = group.width
+    whole, pieces, merged = 0, 0, 0
+    for name in group.tensors:
+        info = checkpoint.tensors[name]
+        extent = prod(info.shape) // n
+        piece = n * min(extent, features or extent) * ITEM_SIZE[info.dtype]
+        whole += info.nbytes
+        pieces = max(pieces, piece)
+        merged = max(merged, k * min(extent, features or extent) * 4)  # a result may be fp32
+    in_hand = whole if features is None else pieces
+    packed = max(_PACKED, _PACKED_ITEM * n * PANEL)
+    return (
+        max(4 * n * n + in_hand + packed, 4 * n * n + (whole if features is None else 0) + _CLUSTERING * n, in_hand + merged)
+        + _SLACK
+    )

@@ -1,0 +1,82 @@
+"""A fold within a memory budget: the same bytes whatever the budget, and no more memory than it says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import check_refused, run_cli, tiny_checkpoint, tree, write_synthetic
+
+from pyfold import fold_checkpoint
+from pyfold.budget import PANEL, group_bytes, make_budget
+from pyfold.errors import PyfoldError
+from pyfold.families import family_of
+from pyfold.io.checkpoint import open_checkpoint
+from pyfold.plan import make_plan
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers of 3 x 600 x 5000 numbers: ten panels of features."""
+    return write_synthetic(tmp_path_factory.mktemp("budget") / "src", 2, 600, 5000)
+
+
+def least(message: str) -> int:
+    return int(re.search(r"\(([\d,]+) bytes\)", message)[1].replace(",", ""))
+
+
+def test_the_result_does_not_depend_on_the_budget(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyfold.pipeline.rss_bytes", lambda: 0)
+    fold_checkpoint(source, tmp_path / "whole", ratio=0.25)
+    with pytest.raises(PyfoldError) as refused:
+        fold_checkpoint(source, tmp_path / "none", ratio=0.25, host_memory="1MiB")
+    assert "layers.0.mlp needs at least" in str(refused.value)
+    assert not (tmp_path / "none").exists()
+    for name, more in (("least", 0), ("more", 16 * MIB)):
+        fold_checkpoint(source, tmp_path / name, ratio=0.25, host_memory=least(str(refused.value)) + more)
+        assert tree(tmp_path / name) == tree(tmp_path / "whole")
+
+
+def test_groups_are_cut_no_finer_than_needed(source: Path) -> None:
+    checkpoint = open_checkpoint(source)
+    options = {"layers": None, "multiple_of": None, "dtype": "keep", "max_shard_size": "5GB", "width": None}
+    plan = make_plan(checkpoint, family_of(checkpoint).fold_groups(checkpoint), ratio=0.25, **options)
+    group, k = plan.groups[0]
+    whole = make_budget(checkpoint, plan, None, 0)
+    assert whole.groups[group.name].features is None
+    assert make_budget(checkpoint, plan, whole.peak, 0).groups[group.name].features is None
+    apart = whole.peak - whole.groups[group.name].nbytes
+    for panels in (1, 2, 7):
+        limit = group_bytes(group, k, checkpoint, panels * PANEL) + apart
+        cut = make_budget(checkpoint, plan, limit, 0)
+        assert cut.groups[group.name].features == panels * PANEL
+        assert cut.peak == limit
+    with pytest.raises(PyfoldError, match="needs at least"):
+        make_budget(checkpoint, plan, make_budget(checkpoint, plan, limit, 0).peak // 4, 0)
+
+
+def test_a_run_keeps_to_its_budget(tmp_path: Path) -> None:
+    """VmHWM of the process, interpreter and imports included."""
+    folder = write_synthetic(tmp_path / "src", 2, 3000, 5000)  # a layer has 172 MiB of weights, 34 of G
+    refused = run_cli("fold", folder, tmp_path / "dst", "--ratio", "0.2", "--host-memory", "10MiB")
+    check_refused(refused.returncode, refused.stderr, ["host_memory", "layers.0.mlp", "its Gram matrix alone takes 34"])
+    peaks = {}
+    for name, size in {"whole": [], "least": ["--host-memory", str(least(refused.stderr) + 4 * MIB)]}.items():
+        done = run_cli("fold", folder, tmp_path / name, "--ratio", "0.2", "--json", *size)
+        assert done.returncode == 0, done.stderr
+        peaks[name] = json.loads(done.stdout)["peak_rss_bytes"]
+    limit = least(refused.stderr) + 4 * MIB
+    print(f"VmHWM: {peaks['whole'] / MIB:.0f} MiB without a budget, {peaks['least'] / MIB:.0f} of {limit / MIB:.0f} with one")
+    assert peaks["least"] <= limit < peaks["whole"]
+    assert tree(tmp_path / "least") == tree(tmp_path / "whole")
+
+
+def test_bad_sizes(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "src")
+    for size in ("lots", "0", "-1GiB"):
+        with pytest.raises(PyfoldError, match="host_memory: expected"):
+            fold_checkpoint(source, tmp_path / "dst", ratio=0.25, host_memory=size)
