@@ -44,7 +44,7 @@ class Budget:
         return self.process + max((group.nbytes for group in self.groups.values()), default=0) + 2 * PIECE
 
 
-def make_budget(checkpoint: Checkpoint, plan: Plan, host_memory: int | None, process: int) -> Budget:
+def make_budget(checkpoint: Checkpoint, plan: Plan, host_memory: int, process: int) -> Budget:
     """Cut every group so that the process stays below ``host_memory`` bytes, no finer than that takes.
 
     Raises
@@ -54,9 +54,9 @@ def make_budget(checkpoint: Checkpoint, plan: Plan, host_memory: int | None, pro
     """
     groups = {}
     for group, k in plan.groups:
-        room = None if host_memory is None else host_memory - process - 2 * PIECE
+        room = host_memory - process - 2 * PIECE
         whole = group_bytes(group, k, checkpoint, None)
-        if room is None or whole <= room:
+        if whole <= room:
             groups[group.name] = GroupBudget(None, whole)
             continue
         finest = group_bytes(group, k, checkpoint, PANEL)
@@ -64,7 +64,7 @@ def make_budget(checkpoint: Checkpoint, plan: Plan, host_memory: int | None, pro
             least = finest + process + 2 * PIECE
             raise PyfoldError(
                 f"host_memory: {group.name} needs at least {least / 2**20:.0f} MiB ({least:,} bytes), got "
-                f"{(host_memory or 0) / 2**20:.0f} MiB; its Gram matrix alone takes {4 * group.width**2 / 2**20:.0f}"
+                f"{host_memory / 2**20:.0f} MiB; its Gram matrix alone takes {4 * group.width**2 / 2**20:.0f}"
             )
         most = max(checkpoint.tensors[name].n_parameters // group.width for name in group.tensors)
         features = max(size for size in range(PANEL, most + PANEL, PANEL) if group_bytes(group, k, checkpoint, size) <= room)

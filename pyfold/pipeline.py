@@ -22,6 +22,7 @@ from torch import Tensor
 from pyfold import __version__, ops
 from pyfold.budget import PIECE, Budget, make_budget
 from pyfold.clustering import cluster
+from pyfold.clustering.regime import bytes_free
 from pyfold.deliver import huggingface
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup, family_of
@@ -56,7 +57,7 @@ def fold_checkpoint(
     Parameters
     ----------
     src : str or Path
-        A checkpoint folder (safetensors) or a Hugging Face model id.
+        A checkpoint folder (safetensors or pytorch_model.bin) or a Hugging Face model id.
     dst : str or Path
         Folder to write; must be absent or empty unless ``overwrite``.
     ratio : float, optional
@@ -74,8 +75,8 @@ def fold_checkpoint(
     overwrite : bool
         Replace a checkpoint at ``dst``; the old one survives until the new one is complete.
     host_memory : int or str, optional
-        Bytes this process may take at most, interpreter and imports included, as in ``"2GiB"``. Weights that do not fit are
-        read in pieces; the result is the same.
+        Bytes this process may take at most, interpreter and imports included, as in ``"2GiB"``; by default what is free.
+        Weights that do not fit are read in pieces; the result is the same.
     backend : str
         ``auto``, or a name from :func:`pyfold.ops.backends`.
     progress : callable, optional
@@ -114,8 +115,9 @@ def fold_checkpoint(
     )
     config = huggingface.patched_config(checkpoint, family, plan, dtype)
     backend = ops.resolve(backend)
-    limit = None if host_memory is None else parse_size(host_memory, "host_memory")
-    budget = make_budget(checkpoint, plan, limit, rss_bytes())
+    held = rss_bytes()
+    limit = held + bytes_free(torch.device("cpu")) if host_memory is None else parse_size(host_memory, "host_memory")
+    budget = make_budget(checkpoint, plan, limit, held)
     license = huggingface.source_license(checkpoint)
     options = {
         "ratio": None if ratio is None else float(ratio),

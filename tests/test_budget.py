@@ -46,7 +46,7 @@ def test_groups_are_cut_no_finer_than_needed(source: Path) -> None:
     options = {"layers": None, "multiple_of": None, "dtype": "keep", "max_shard_size": "5GB", "width": None}
     plan = make_plan(checkpoint, family_of(checkpoint).fold_groups(checkpoint), ratio=0.25, **options)
     group, k = plan.groups[0]
-    whole = make_budget(checkpoint, plan, None, 0)
+    whole = make_budget(checkpoint, plan, 1 << 40, 0)
     assert whole.groups[group.name].features is None
     assert make_budget(checkpoint, plan, whole.peak, 0).groups[group.name].features is None
     apart = whole.peak - whole.groups[group.name].nbytes
@@ -80,3 +80,11 @@ def test_bad_sizes(tmp_path: Path) -> None:
     for size in ("lots", "0", "-1GiB"):
         with pytest.raises(PyfoldError, match="host_memory: expected"):
             fold_checkpoint(source, tmp_path / "dst", ratio=0.25, host_memory=size)
+
+
+def test_a_gram_matrix_beyond_all_memory_is_refused(tmp_path: Path) -> None:
+    """A small file can ask for one: 200,000 units of one feature."""
+    folder = write_synthetic(tmp_path / "src", 1, 200_000, 1)
+    refused = run_cli("fold", folder, tmp_path / "dst", "--ratio", "0.2")
+    check_refused(refused.returncode, refused.stderr, ["layers.0.mlp needs at least", "its Gram matrix alone takes 152588"])
+    assert not (tmp_path / "dst").exists()
