@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pty
@@ -283,7 +284,8 @@ def journal_lines(dst: Path) -> int:
 def interrupt(source: Path, dst: Path, how: signal.Signals, *options: str) -> tuple[int, str]:
     """Start a fold and send it a signal once it has finished a group."""
     command = [sys.executable, "-m", "pyfold", "fold", str(source), str(dst), "--ratio", "0.25", *options]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    heeded = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # also where this process ignores it
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heeded)
     deadline = time.monotonic() + 120
     while journal_lines(dst) < 2:
         assert process.poll() is None, process.stderr.read()
