@@ -76,6 +76,7 @@ def _fold(args: argparse.Namespace) -> None:
             overwrite=args.overwrite,
             host_memory=args.host_memory,
             backend=args.backend,
+            trace=args.trace,
             progress=progress,
         )
     if args.json:
@@ -239,6 +240,9 @@ def _parser() -> argparse.ArgumentParser:
         "--backend",
         default="auto",
         help="auto (default), cpu, cpu:LEVEL (amx, avx512bf16, avx512, avx2, baseline) or reference",
+    )
+    fold.add_argument(
+        "--trace", metavar="FILE", help="write a timeline of reading, computing and writing, which ui.perfetto.dev opens"
     )
     _common_options(fold)
     fold.set_defaults(run=_fold)
