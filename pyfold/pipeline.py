@@ -117,11 +117,13 @@ def fold_checkpoint(
     backend = prepared.backend
     config = huggingface.patched_config(checkpoint, family, plan, dtype)
     license = huggingface.source_license(checkpoint)
-    timeline = Trace(trace)
     sources = [checkpoint.path / "config.json", *{info.path for info in checkpoint.tensors.values()}, *checkpoint.companions()]
     stamps = _stamps(sources)
     identity = {"pyfold": __version__, "options": options, "backend": backend, "sources": stamps}
-    with Destination(Path(dst), sources, identity=identity, overwrite=overwrite, n_bytes=plan.nbytes) as stage:
+    with (
+        Trace(trace) as timeline,
+        Destination(Path(dst), sources, identity=identity, overwrite=overwrite, n_bytes=plan.nbytes) as stage,
+    ):
         groups, source, result = _write_weights(prepared, stage, progress, timeline)
         for file in checkpoint.companions():
             shutil.copyfile(file, stage.folder / file.name)
@@ -154,7 +156,6 @@ def fold_checkpoint(
             raise PyfoldError(f"{checkpoint.path / changed[0]}: changed while it was being folded; fold it again")
         with timeline("commit"):
             stage.commit()
-    timeline.save()
     return report
 
 

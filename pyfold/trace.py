@@ -12,10 +12,10 @@ from typing import Any
 
 
 class Trace:
-    """``with trace("merge", tensor=name): ...`` from any thread; ``save`` at the end. Without a path nothing is kept."""
+    """``with trace("merge", tensor=name): ...`` from any thread; a ``with`` block of its own writes the file, if there is one."""
 
     def __init__(self, path: str | Path | None = None) -> None:
-        self._path = None if path is None else Path(path)
+        self._file = None if path is None else Path(path).open("w")  # noqa: SIM115  a bad name is to fail now
         self._events: list[dict[str, Any]] = []
         self._started = time.perf_counter()
 
@@ -25,7 +25,7 @@ class Trace:
         try:
             yield
         finally:
-            if self._path is not None:
+            if self._file:
                 self._events.append(
                     {
                         "name": what,
@@ -33,25 +33,22 @@ class Trace:
                         "ts": 1e6 * (begin - self._started),
                         "dur": 1e6 * (time.perf_counter() - begin),
                         "pid": 1,
-                        "tid": threading.current_thread().name,
+                        "tid": {"MainThread": "compute"}.get(thread := threading.current_thread().name, thread),
                         "args": about,
                     }
                 )
 
-    def save(self) -> None:
-        """Write the file. Threads are numbered, since the format names them apart."""
-        if self._path is None:
+    def __enter__(self) -> Trace:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._file is None:
             return
-        numbers: dict[str, int] = {}
+        numbers: dict[str, int] = {}  # of threads, which the format names apart
         events = [{**event, "tid": numbers.setdefault(event["tid"], len(numbers))} for event in self._events]
         names = [
-            {
-                "name": "thread_name",
-                "ph": "M",
-                "pid": 1,
-                "tid": number,
-                "args": {"name": {"MainThread": "compute"}.get(name, name)},
-            }
+            {"name": "thread_name", "ph": "M", "pid": 1, "tid": number, "args": {"name": name}}
             for name, number in numbers.items()
         ]
-        self._path.write_text(json.dumps({"traceEvents": names + events, "displayTimeUnit": "ms"}) + "\n")
+        with self._file:
+            json.dump({"traceEvents": names + events, "displayTimeUnit": "ms"}, self._file)
