@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Trace:
-    """``with trace("merge", tensor=name): ...`` from any thread; a ``with`` block of its own writes the file, if there is one."""
+    """``with trace("merge", tensor=name): ...`` from any thread. Its own ``with`` block writes the file, if there is one."""
 
     def __init__(self, path: str | Path | None = None) -> None:
         self._file = None if path is None else Path(path).open("w")  # noqa: SIM115  a bad name is to fail now
@@ -33,7 +33,7 @@ class Trace:
                         "ts": 1e6 * (begin - self._started),
                         "dur": 1e6 * (time.perf_counter() - begin),
                         "pid": 1,
-                        "tid": {"MainThread": "compute"}.get(thread := threading.current_thread().name, thread),
+                        "tid": threading.current_thread().name,
                         "args": about,
                     }
                 )
@@ -47,8 +47,14 @@ class Trace:
         numbers: dict[str, int] = {}  # of threads, which the format names apart
         events = [{**event, "tid": numbers.setdefault(event["tid"], len(numbers))} for event in self._events]
         names = [
-            {"name": "thread_name", "ph": "M", "pid": 1, "tid": number, "args": {"name": name}}
-            for name, number in numbers.items()
+            {
+                "name": "thread_name",
+                "ph": "M",
+                "pid": 1,
+                "tid": number,
+                "args": {"name": thread.replace("MainThread", "compute")},
+            }
+            for thread, number in numbers.items()
         ]
         with self._file:
             json.dump({"traceEvents": names + events, "displayTimeUnit": "ms"}, self._file)
