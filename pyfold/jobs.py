@@ -77,6 +77,11 @@ def make_jobs(checkpoint: Checkpoint, plan: Plan, finished: Iterable[str] = ()) 
     return [*jobs, Job(tuple(batch))] if batch else jobs
 
 
+def traffic(jobs: Iterable[Job], budget: Budget) -> int:
+    """Bytes that the jobs read."""
+    return sum(read.info.nbytes if read.rows is None else read.nbytes for job in jobs for read in _reads(job, budget))
+
+
 def run_jobs(
     jobs: list[Job],
     output: Output,
