@@ -58,9 +58,9 @@ class CpuBackend:
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         joins = [_no_joins(len(g) - k) for g, k in zip(grams, n_clusters, strict=True)]
         for g, k, w, made in zip(grams, n_clusters, weights, joins, strict=True):
-            with g.scratch() as scratch:
-                places = (w.data_ptr(), *(t.data_ptr() for t in made))
-                _C.ward_file(self.simd, _file(g), scratch.fileno(), k, *places, torch.get_num_threads())
+            lo, hi, height = (t.data_ptr() for t in made)
+            with g.scratch() as rows:
+                _C.ward_file(self.simd, _file(g), rows.fileno(), k, w.data_ptr(), lo, hi, height, torch.get_num_threads())
         return joins
 
     def lloyd(
@@ -92,8 +92,8 @@ class CpuBackend:
         refined = []
         for g, given, k, w in zip(grams, labels, n_clusters, weights, strict=True):
             moved = given.clone()
-            places = (moved.data_ptr(), w.data_ptr())
-            gains = _C.hartigan_file(self.simd, _file(g), k, *places, max_moves, torch.get_num_threads())
+            threads = torch.get_num_threads()
+            gains = _C.hartigan_file(self.simd, _file(g), k, moved.data_ptr(), w.data_ptr(), max_moves, threads)
             refined.append((moved, torch.tensor(gains, dtype=torch.float64, device="cpu")))
         return refined
 
