@@ -118,6 +118,8 @@ def cluster(
 
 
 def _check_values(gram: Tensor | ops.GramFile) -> None:
+    if isinstance(gram, ops.GramFile):
+        gram.check_complete()
     diagonal = gram.diagonal()
     if not bool((diagonal >= 0).all()) or not bool((diagonal < ops.LARGEST_SQUARED_NORM).all()):
         raise ValueError(

@@ -102,10 +102,11 @@ class GramFile:
         strip : Tensor, (R, N - i), float32
             As ``ops.gram(x[i:], rows=R)`` gives it: its first R columns are symmetric.
         """
-        begin, (height, width) = self.rows_written, strip.shape
-        if strip.dtype != torch.float32 or width != self.n - begin or not 1 <= height <= width or not strip.is_contiguous():
+        begin, width = self.rows_written, self.n - self.rows_written
+        height = len(strip) if strip.dim() == 2 and strip.shape[1] == width else 0
+        if strip.dtype != torch.float32 or not 1 <= height <= width or not strip.is_contiguous():
             raise ValueError(
-                f"strip: expected contiguous float32 of shape (R, {self.n - begin}), got {strip.dtype} of {tuple(strip.shape)}"
+                f"strip: expected contiguous float32 of shape (R, {width}), got {strip.dtype} of {tuple(strip.shape)}"
             )
         self._diagonal[begin : begin + height] = strip.diagonal()
         self.finite = self.finite and first_nonfinite(strip) is None
