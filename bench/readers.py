@@ -73,7 +73,7 @@ def pyfold_chunks(files: list[Path], limit: int) -> Iterator[Tensor]:
 def pyfold_columns(files: list[Path], limit: int) -> Iterator[Tensor]:
     with Reader() as reader:
         for info, begin, end in _panels(files):
-            yield reader.columns(info, begin, end)
+            yield reader.block(info, range(info.shape[0]), range(begin, end), info.shape[1])
 
 
 def safe_open(files: list[Path], limit: int) -> Iterator[Tensor]:
@@ -186,7 +186,7 @@ TENSORS = {
     ),
 }
 COLUMNS = {
-    "pyfold, columns": Contender("pyfold", "Reader.columns", pyfold_columns),
+    "pyfold, columns": Contender("pyfold", "Reader.block", pyfold_columns),
     "safetensors, columns": Contender("safetensors", "safe_open, get_slice", safe_open_columns),
     "runai, columns": Contender("runai_model_streamer", "FileStreamer, a range for each row of a panel", runai_columns),
 }
