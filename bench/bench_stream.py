@@ -14,16 +14,16 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import child
 import pytest
 import torch
-from conftest import Report
+from conftest import Report, evict
 
 from pyfold import ops
 from pyfold.clustering import labels_of
@@ -33,7 +33,6 @@ from pyfold.io.safetensors import Reader
 from pyfold.plan import target_width
 
 COPIES = 2  # one can take four times the other on a disk shared with strangers
-MAKE = Path(__file__).with_name("make_checkpoint.py")
 
 
 @dataclass(frozen=True)
@@ -60,21 +59,6 @@ class Moved(NamedTuple):
     written: int
 
 
-@pytest.fixture(scope="module")
-def source(report: Report, request: pytest.FixtureRequest) -> Path:
-    """The checkpoint, made once and kept; where it is made, what that took becomes a note."""
-    if layers := request.config.getoption("--layers"):
-        report.sizes = replace(report.sizes, layers=layers)
-    sizes = report.sizes
-    folder = Path(request.config.getoption("--cache")) / f"{sizes.preset}-{sizes.layers}-layers"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = child.run([sys.executable, MAKE, "--preset", sizes.preset, "--layers", sizes.layers, folder])
-        assert made.returncode == 0
-        report.notes.append(f"Checkpoint made in {made.seconds:.0f} s, peak memory {made.peak_rss / 2**20:.0f} MiB.")
-    return folder
-
-
 @pytest.fixture
 def scratch(source: Path) -> Iterator[Path]:
     """Where results go: on the disk of the source, and gone afterwards."""
@@ -90,14 +74,14 @@ def test_stream(report: Report, source: Path, scratch: Path) -> None:
     checkpoint = open_checkpoint(source)
     files = sorted({info.path for info in checkpoint.tensors.values()})
     source_bytes = sum(file.stat().st_size for file in files)
-    _evict(files)
+    evict(files)
     fold = child.run([sys.executable, "-m", "pyfold", "fold", source, scratch / "folded", "--ratio", sizes.ratio, "--quiet"])
     assert fold.returncode == 0
     result_bytes = sum(file.stat().st_size for file in (scratch / "folded").iterdir())
     shutil.rmtree(scratch / "folded")
     copies = []
     for _ in range(COPIES):
-        _evict(files)
+        evict(files)
         copies.append(_copy(files, scratch / "copy", result_bytes))
         (scratch / "copy").unlink()
     copy = min(copies)
@@ -132,14 +116,6 @@ def test_stream(report: Report, source: Path, scratch: Path) -> None:
         f"Source {source_bytes:,} bytes, result {result_bytes:,} bytes.",
         f"Copies, of which the best counts: {', '.join(f'{copy.seconds:.1f}' for copy in copies)} s.",
     ]
-
-
-def _evict(files: Iterable[Path]) -> None:
-    """Out of the page cache: dirty pages would stay."""
-    for path in files:
-        with _opened(path, os.O_RDONLY) as file:
-            os.fsync(file)
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _copy(sources: list[Path], target: Path, n_bytes: int) -> Moved:
