@@ -7,8 +7,9 @@ namespace pyfold {
 namespace PYFOLD_SIMD {
 namespace {
 
-// What packed points stand for: bf16 numbers where both operands hold nothing else, which may be faster; fp32 otherwise.
-enum class Form { fp32, bf16 };
+// What packed points stand for: fp16 or bf16 numbers where both operands hold nothing else, which may be faster or more
+// exact; fp32 otherwise.
+enum class Form { fp32, fp16, bf16 };
 
 }  // namespace
 }  // namespace PYFOLD_SIMD

@@ -14,7 +14,7 @@ namespace {
 // Several panels are packed at once, and a cache tile of G visited once for all of them; as many as fit these bytes.
 constexpr int64_t kPackedBytes = int64_t{40} << 20;
 
-inline Form form_of(DType dtype) { return dtype == DType::bf16 ? Form::bf16 : Form::fp32; }
+inline Form form_of(DType dtype) { return dtype == DType::bf16 ? Form::bf16 : dtype == DType::f16 ? Form::fp16 : Form::fp32; }
 
 inline int64_t panel_floats(int64_t n, DType dtype) {
     return blocks_of(n) * block_floats(form_of(dtype), kPanel) * (kTwoForms ? 2 : 1);
