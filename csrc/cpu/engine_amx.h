@@ -25,6 +25,9 @@ namespace {
 constexpr int64_t kBlock = 32;  // points: two tiles of 16
 constexpr int64_t kTile = 12;   // cache tile of 384 x 384 points: two operands of a panel take 1.2 MiB of L2
 constexpr bool kTwoForms = true;
+// Of fp32 points over a panel, in units of |x| |y|: (√512 + 2) 2⁻²³, for the rounding of both, which cannot both be at their
+// worst; 2⁻²¹; and three roundings of sums.
+constexpr float kProductError = 4e-6f;
 
 // A tile: 16 rows of 64 bytes, of the left operand a point each; the right operand's has its words transposed.
 constexpr int64_t kTileFloats = 256, kTilePoints = 16;
