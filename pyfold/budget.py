@@ -12,7 +12,7 @@ from math import prod
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
 from pyfold.io.checkpoint import Checkpoint
-from pyfold.io.safetensors import ITEM_SIZE
+from pyfold.io.safetensors import ITEM_SIZE, TensorInfo
 from pyfold.plan import Plan
 
 PANEL = 512  # features: what the Gram kernels sum at a time, so that cutting between panels changes no bit
@@ -20,6 +20,7 @@ PIECE = 1 << 24  # bytes of a tensor outside the groups that are in hand
 _PACKED = 40 << 20  # of panels packed by the Gram kernel, unless one panel is more
 _PACKED_ITEM = 8  # bytes of a packed number at most: fp16 on AMX, two operands of two bf16 parts
 _CLUSTERING = 3200  # bytes per unit that Ward, Hartigan and their results take beside G (measured: 3100)
+_COPYING = 3 * PIECE  # a piece as read, as converted, and as it is being read
 _SLACK = 24 << 20  # stacks of threads, small tensors, what the allocator keeps
 
 
@@ -33,35 +34,40 @@ class GroupBudget:
 
 @dataclass(frozen=True)
 class Budget:
-    """What every group takes; ``process`` is what interpreter and imports hold."""
+    """In bytes: what interpreter and imports hold, what every group takes, what may be read ahead and written behind."""
 
     process: int
     groups: dict[str, GroupBudget]
+    ahead: int
+    behind: int
 
     @property
     def peak(self) -> int:
         """Bytes at most: VmHWM of the process."""
-        return self.process + max((group.nbytes for group in self.groups.values()), default=0) + 2 * PIECE
+        return self.process + max([_COPYING, *(group.nbytes for group in self.groups.values())]) + self.ahead + self.behind
 
 
 def make_budget(checkpoint: Checkpoint, plan: Plan, host_memory: int, process: int) -> Budget:
     """Cut every group so that the process stays below ``host_memory`` bytes, no finer than that takes.
+
+    What is left goes to reading ahead, then to writing behind: no more than the largest tensor read at once, and the largest
+    group folded.
 
     Raises
     ------
     PyfoldError
         If a group does not fit however finely it is cut; names the least that would do.
     """
+    room = host_memory - process
     groups = {}
     for group, k in plan.groups:
-        room = host_memory - process - 2 * PIECE
         whole = group_bytes(group, k, checkpoint, None)
         if whole <= room:
             groups[group.name] = GroupBudget(None, whole)
             continue
         finest = group_bytes(group, k, checkpoint, PANEL)
         if finest > room:
-            least = finest + process + 2 * PIECE
+            least = finest + process
             raise PyfoldError(
                 f"host_memory: {group.name} needs at least {least / 2**20:.0f} MiB ({least:,} bytes), got "
                 f"{host_memory / 2**20:.0f} MiB; its Gram matrix alone takes {4 * group.width**2 / 2**20:.0f}"
@@ -69,7 +75,24 @@ def make_budget(checkpoint: Checkpoint, plan: Plan, host_memory: int, process: i
         most = max(checkpoint.tensors[name].n_parameters // group.width for name in group.tensors)
         features = max(size for size in range(PANEL, most + PANEL, PANEL) if group_bytes(group, k, checkpoint, size) <= room)
         groups[group.name] = GroupBudget(features, group_bytes(group, k, checkpoint, features))
-    return Budget(process, groups)
+    left = room - max([_COPYING, *(group.nbytes for group in groups.values())])
+    if left < 0:
+        raise PyfoldError(
+            f"host_memory: needs at least {(process + _COPYING) / 2**20:.0f} MiB ({process + _COPYING:,} bytes), got "
+            f"{host_memory / 2**20:.0f} MiB"
+        )
+    reads, results = [2 * PIECE], [2 * PIECE]
+    for group, _ in plan.groups:
+        cut = groups[group.name].features
+        reads += [_piece_bytes(checkpoint.tensors[name], group.width, cut) for name in group.tensors]
+        results.append(sum(prod(plan.tensors[name][1]) * ITEM_SIZE[plan.tensors[name][0]] for name in group.tensors))
+    ahead = min(left, max(reads))
+    return Budget(process, groups, ahead, min(left - ahead, max(results)))
+
+
+def _piece_bytes(info: TensorInfo, width: int, features: int | None) -> int:
+    extent = info.n_parameters // width
+    return width * min(extent, features or extent) * ITEM_SIZE[info.dtype]
 
 
 def group_bytes(group: FoldGroup, k: int, checkpoint: Checkpoint, features: int | None) -> int:

@@ -76,6 +76,7 @@ def _fold(args: argparse.Namespace) -> None:
             overwrite=args.overwrite,
             host_memory=args.host_memory,
             backend=args.backend,
+            trace=args.trace,
             progress=progress,
         )
     if args.json:
@@ -157,6 +158,31 @@ def _inspect(args: argparse.Namespace) -> None:
     print(f"profile of the result: {profile}")
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from pyfold.forecast import forecast
+    from pyfold.pipeline import prepare
+    from pyfold.report import forecast_table
+
+    prepared = prepare(
+        args.source,
+        ratio=None if args.width else args.ratio,
+        width=args.width,
+        layers=args.layers,
+        multiple_of=args.multiple_of,
+        dtype=args.dtype,
+        max_shard_size="5GB",
+        host_memory=args.host_memory,
+        backend=args.backend,
+    )
+    found = forecast(prepared, Path(args.destination) if args.destination else None)
+    if args.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    elif not args.quiet:
+        print(forecast_table(found))
+        for note in prepared.plan.notes:
+            print(f"note: {note}")
+
+
 def _eval(args: argparse.Namespace) -> None:
     from pyfold.evaluate import perplexity
 
@@ -226,22 +252,29 @@ def _parser() -> argparse.ArgumentParser:
     fold.add_argument("source", metavar="SRC", help="checkpoint folder or Hugging Face model id")
     fold.add_argument("destination", metavar="DST", help="folder to write; must be absent or empty")
     _width_options(fold, required=True)
-    fold.add_argument("--dtype", default="keep", help="keep (default), float32, float16 or bfloat16")
     fold.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights, as in 5GB (default)")
     fold.add_argument("--overwrite", action="store_true", help="replace the checkpoint at DST once the new one is complete")
+    _run_options(fold)
     fold.add_argument(
-        "--host-memory",
-        metavar="SIZE",
-        help="what the process may take at most, as in 2GiB (default: what is free); weights that do not fit are read in "
-        "pieces, to the same result",
-    )
-    fold.add_argument(
-        "--backend",
-        default="auto",
-        help="auto (default), cpu, cpu:LEVEL (amx, avx512bf16, avx512, avx2, baseline) or reference",
+        "--trace", metavar="FILE", help="write a timeline of reading, computing and writing, which ui.perfetto.dev opens"
     )
     _common_options(fold)
     fold.set_defaults(run=_fold)
+
+    plan = commands.add_parser(
+        "plan",
+        help="show what a fold would take: memory, work, bytes, seconds",
+        description="Show what pyfold fold with the same options would take, and what limits it. Reads headers, and probes the "
+        "speed of this machine, and of DST's disk where it is named, for at most 3 seconds. Exit code 2 where the memory does "
+        "not do, with the least that would.",
+        epilog="Example: pyfold plan ./model --ratio 0.2 --host-memory 2GiB",
+    )
+    plan.add_argument("source", metavar="SRC", help="checkpoint folder or Hugging Face model id")
+    plan.add_argument("destination", metavar="DST", nargs="?", help="folder that the fold would write")
+    _width_options(plan, required=False)
+    _run_options(plan)
+    _common_options(plan)
+    plan.set_defaults(run=_plan)
 
     inspect = commands.add_parser(
         "inspect",
@@ -297,6 +330,21 @@ def _width_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
     width.add_argument("--width", type=int, metavar="K", help="units to keep in each folded group, instead of --ratio")
     parser.add_argument("--layers", metavar="LIST", help="layers to fold, as in 5-27 or 0,2,5-9 (default: all)")
     parser.add_argument("--multiple-of", type=int, metavar="M", help="round each width to the nearest multiple of M")
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", default="keep", help="keep (default), float32, float16 or bfloat16")
+    parser.add_argument(
+        "--host-memory",
+        metavar="SIZE",
+        help="what the process may take at most, as in 2GiB (default: what is free); weights that do not fit are read in "
+        "pieces, to the same result",
+    )
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        help="auto (default), cpu, cpu:LEVEL (amx, avx512bf16, avx512, avx2, baseline) or reference",
+    )
 
 
 def _common_options(parser: argparse.ArgumentParser) -> None:

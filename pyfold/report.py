@@ -5,8 +5,12 @@ from __future__ import annotations
 import resource
 import sys
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyfold.forecast import Forecast
 
 
 @dataclass(frozen=True)
@@ -140,4 +144,31 @@ def summary(report: FoldReport) -> str:
     else:
         lines.append("profile     per-layer: layers differ in width, loads with the modeling file in the folder")
     lines.append(f"load with   {how_to_load(report.path, report.profile)}")
+    return "\n".join(lines)
+
+
+def forecast_table(forecast: Forecast) -> str:
+    """A forecast as a person reads it; neighbouring groups that take the same share a line."""
+    lines = [f"{'groups':<34}{'width':>7}{'folded':>8}{'features at once':>18}{'memory MiB':>12}{'GFLOP':>9}{'seconds':>9}"]
+    rows = [
+        (group.width, group.folded_width, group.features or "all", f"{group.memory / 2**20:.0f}", f"{group.flops / 1e9:.0f}",
+         f"{group.seconds:.2f}")
+        for group in forecast.groups
+    ]  # fmt: skip
+    for _, same in groupby(range(len(rows)), key=rows.__getitem__):
+        first, *others = same
+        names = forecast.groups[first].name + (f" to {forecast.groups[others[-1]].name}" if others else "")
+        width, folded, features, memory, flops, seconds = rows[first]
+        lines.append(f"{names:<34}{width:>7}{folded:>8}{features:>18}{memory:>12}{flops:>9}{seconds:>9}")
+    mib = {what: getattr(forecast, what) / 2**20 for what in ("peak", "process", "ahead", "behind")}
+    lines += [
+        "",
+        f"memory      {mib['peak']:.0f} MiB at the peak, of which interpreter and imports {mib['process']:.0f}, "
+        f"read ahead {mib['ahead']:.0f}, written behind {mib['behind']:.0f}",
+        f"work        {forecast.flops / 1e12:.2f} TFLOP; {forecast.bytes_read:,} bytes read, "
+        f"{forecast.bytes_written:,} written",
+        f"seconds     {forecast.seconds:.1f}, limited by {forecast.limited_by}; alone: computing {forecast.computing:.1f}, "
+        f"reading and writing {forecast.reading_and_writing:.1f}, hashing {forecast.hashing:.1f}",
+        f"disk        {forecast.disk_needed:,} bytes needed, {forecast.disk_free:,} free",
+    ]
     return "\n".join(lines)

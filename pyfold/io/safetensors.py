@@ -184,26 +184,19 @@ class Reader:
             read_bytes(self._open(info.path), info.path, info.begin, as_bytes(tensor))
         return tensor
 
-    def columns(self, info: TensorInfo, begin: int, end: int) -> Tensor:
-        """Columns [begin, end) of a matrix, in memory of their own."""
+    def block(self, info: TensorInfo, rows: range, columns: range, width: int) -> Tensor:
+        """Some rows and columns of a tensor taken for a matrix of ``width`` columns, in memory of their own."""
         import torch
 
-        rows, width = info.shape
         item = ITEM_SIZE[info.dtype]
-        part = torch.empty((rows, end - begin), dtype=torch_dtype(info.dtype))
-        data, length, file = as_bytes(part), (end - begin) * item, self._open(info.path)
-        for row in range(rows):
-            at = info.begin + (row * width + begin) * item
-            read_bytes(file, info.path, at, data[row * length : (row + 1) * length])
-        return part
-
-    def rows(self, info: TensorInfo, begin: int, end: int) -> Tensor:
-        """Rows [begin, end) of a matrix, or elements of a vector, in memory of their own."""
-        import torch
-
-        part = torch.empty((end - begin, *info.shape[1:]), dtype=torch_dtype(info.dtype))
-        row = info.nbytes // max(1, info.shape[0])
-        read_bytes(self._open(info.path), info.path, info.begin + begin * row, as_bytes(part))
+        part = torch.empty((len(rows), len(columns)), dtype=torch_dtype(info.dtype))
+        data, length, file = as_bytes(part), len(columns) * item, self._open(info.path)
+        if len(columns) == width:
+            read_bytes(file, info.path, info.begin + rows.start * width * item, data)
+            return part
+        for i, row in enumerate(rows):
+            at = info.begin + (row * width + columns.start) * item
+            read_bytes(file, info.path, at, data[i * length : (i + 1) * length])
         return part
 
     def chunks(self, info: TensorInfo, size: int = 1 << 24) -> Iterator[tuple[int, Tensor]]:
@@ -250,13 +243,11 @@ class Shard:
             at = end
         blob = json.dumps(header, separators=(",", ":")).encode()
         blob += b" " * (-len(blob) % 8)
-        self._begin = {name: 8 + len(blob) + header[name]["data_offsets"][0] for name in order}
-        sizes = {name: header[name]["data_offsets"][1] - header[name]["data_offsets"][0] for name in order}
-        self._left = {name: size for name, size in sizes.items() if name not in written}
         self._info = {
-            name: TensorInfo(name, path, *tensors[name], self._begin[name], self._begin[name] + size)
-            for name, size in sizes.items()
+            name: TensorInfo(name, path, *tensors[name], *(8 + len(blob) + at for at in header[name]["data_offsets"]))
+            for name in order
         }
+        self._left = {name: info.nbytes for name, info in self._info.items() if name not in written}
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             self._write(memoryview(struct.pack("<Q", len(blob)) + blob), 0)
@@ -267,25 +258,22 @@ class Shard:
     def write(self, name: str, tensor: Tensor, offset: int = 0) -> None:
         """Write ``tensor`` as the bytes of ``name`` from byte ``offset`` of it on."""
         data = as_bytes(tensor)
-        self._write(data, self._begin[name] + offset)
-        self._count(name, len(data))
+        self._write(data, self._info[name].begin + offset)
+        self._left[name] -= len(data)
+        if not self._left[name]:
+            del self._left[name]
 
-    def write_columns(self, name: str, tensor: Tensor, begin: int) -> None:
-        """Write ``tensor`` as the columns of the matrix ``name`` from ``begin`` on."""
-        info, data = self._info[name], as_bytes(tensor)
-        item, length = ITEM_SIZE[info.dtype], len(data) // info.shape[0]
-        for row in range(info.shape[0]):
-            self._write(data[row * length : (row + 1) * length], info.begin + (row * info.shape[1] + begin) * item)
-        self._count(name, len(data))
+    def write_block(self, name: str, block: Tensor, row: int, column: int, width: int) -> None:
+        """Write a block (rows, columns) of ``name`` taken for a matrix of ``width`` columns, from ``row`` and ``column`` on."""
+        item = block.element_size()
+        if block.shape[1] == width:
+            return self.write(name, block, row * width * item)
+        for i, line in enumerate(block, row):
+            self.write(name, line, (i * width + column) * item)
 
     def place(self, name: str) -> TensorInfo:
         """Where a tensor is, to be read back."""
         return self._info[name]
-
-    def _count(self, name: str, n_bytes: int) -> None:
-        self._left[name] -= n_bytes
-        if not self._left[name]:
-            del self._left[name]
 
     @property
     def complete(self) -> bool:

@@ -1,0 +1,216 @@
+"""What a fold will take, before a weight is read: memory, work, bytes, seconds, and what limits it.
+
+Memory is the budget that the fold itself keeps to. Seconds come from a model whose rates are probed in at most 3 seconds: the
+Gram kernel, clustering, hashing, and the disks of source and destination.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyfold import ops
+from pyfold.clustering import cluster
+from pyfold.io.checkpoint import Checkpoint
+from pyfold.io.safetensors import ITEM_SIZE, torch_dtype
+from pyfold.jobs import make_jobs, traffic
+from pyfold.pipeline import Prepared
+
+_DISK_BYTES = 1 << 27  # of a probe, unless half a second is over before
+_PROBE_SECONDS = 0.5
+# Seconds per entry of G that are looked at; measured at N = 11008 and 28672 on rows like SmolLM2's, 2 cores of a Xeon with AMX.
+_WARD_START, _WARD_JOIN, _HARTIGAN = 2.8e-9, 1.2e-8, 5.3e-9
+_CLUSTERING_PROBE = (2048, 1638, 0.045)  # N, K, and seconds where those were measured
+_MEMORY = 5e9  # bytes/s of merging, of checking, of making room: two passes at the bandwidth of memory, and page faults
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOP/s of the half product by dtype; clustering, x as slow as where it was measured; bytes/s of the others."""
+
+    gram: dict[str, float]
+    clustering: float
+    hash: float
+    read: float
+    write: float
+
+
+@dataclass(frozen=True)
+class GroupForecast:
+    """A group to be folded: features of its weights in hand at once (None: all), bytes of memory, seconds of computing."""
+
+    name: str
+    width: int
+    folded_width: int
+    features: int | None
+    memory: int
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A fold to be; bytes and seconds.
+
+    Attributes
+    ----------
+    groups : list of GroupForecast
+        In the order in which they will be folded.
+    peak, process, ahead, behind : int
+        VmHWM of the process; what interpreter and imports hold of it, and what reading ahead and writing behind may.
+    flops : float
+    bytes_read, bytes_written : int
+    disk_free, disk_needed : int
+        Of the destination.
+    seconds : float
+    computing, reading_and_writing, hashing : float
+        Seconds each would take alone.
+    limited_by : str
+        The longest of these.
+    rates : Rates
+    """
+
+    groups: list[GroupForecast]
+    peak: int
+    process: int
+    ahead: int
+    behind: int
+    flops: float
+    bytes_read: int
+    bytes_written: int
+    disk_free: int
+    disk_needed: int
+    seconds: float
+    computing: float
+    reading_and_writing: float
+    hashing: float
+    limited_by: str
+    rates: Rates
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
+    """The forecast of a prepared fold. Probes for at most 3 s; ``destination``'s disk only where it is given."""
+    checkpoint, plan, budget = prepared.checkpoint, prepared.plan, prepared.budget
+    dtypes = {checkpoint.tensors[name].dtype for group, _ in plan.groups for name in group.tensors}
+    where = _existing(destination or checkpoint.path)
+    rates = probe(checkpoint, dtypes, where if destination else None, prepared.backend)
+    groups = []
+    for group, k in plan.groups:
+        members = [checkpoint.tensors[name] for name in group.tensors]
+        n, cut = group.width, budget.groups[group.name]
+        flops = {info.name: float(n) * info.n_parameters for info in members}
+        joins = n - k
+        entries = n * (_WARD_START * n + _WARD_JOIN * joins + _HARTIGAN * min(n, 2 * joins))
+        moved = sum(info.nbytes + prod(plan.tensors[info.name][1]) * ITEM_SIZE[plan.tensors[info.name][0]] for info in members)
+        seconds = sum(flops[info.name] / rates.gram[info.dtype] for info in members)
+        seconds += rates.clustering * entries + moved / _MEMORY
+        groups.append(GroupForecast(group.name, n, k, cut.features, cut.nbytes, sum(flops.values()), seconds))
+    bytes_read = traffic(make_jobs(checkpoint, plan), budget)
+    folded = {name for group, _ in plan.groups for name in group.tensors}
+    others = sum(info.nbytes for name, info in checkpoint.tensors.items() if name not in folded)
+    stages = {
+        "computing": sum(group.seconds for group in groups) + others / _MEMORY,
+        "reading and writing": bytes_read / rates.read + plan.nbytes / rates.write,
+        "hashing": (bytes_read + plan.nbytes) / rates.hash,
+    }
+    # The stages overlap, but hashing takes its share of the cores from the kernels.
+    computing = stages["computing"] + stages["hashing"] / torch.get_num_threads()
+    limited_by = max(stages, key=lambda stage: stages[stage])
+    return Forecast(
+        groups=groups,
+        peak=budget.peak,
+        process=budget.process,
+        ahead=budget.ahead,
+        behind=budget.behind,
+        flops=sum(group.flops for group in groups),
+        bytes_read=bytes_read,
+        bytes_written=plan.nbytes,
+        disk_free=shutil.disk_usage(where).free,
+        disk_needed=plan.nbytes,
+        seconds=max(computing, stages["reading and writing"]),
+        computing=stages["computing"],
+        reading_and_writing=stages["reading and writing"],
+        hashing=stages["hashing"],
+        limited_by=limited_by,
+        rates=rates,
+    )
+
+
+def probe(checkpoint: Checkpoint, dtypes: set[str], destination: Path | None, backend: str) -> Rates:
+    """Measure the rates: about a second, at most 3."""
+    generator = torch.Generator().manual_seed(0)
+    n, d = 4096, 1024
+    x = torch.randn(n, d, generator=generator)
+    gram = torch.zeros(n, n)
+    speeds = {}
+    for dtype in sorted(dtypes):
+        points = x.to(torch_dtype(dtype))
+        speeds[dtype] = n * n * d / _best(lambda points=points: ops.gram(points, out=gram, backend=backend), 3)  # type: ignore[misc]
+    n, k, seconds = _CLUSTERING_PROBE
+    gram = ops.gram(x[:n], backend=backend)
+    clustering = _best(lambda: cluster(gram=gram, n_clusters=k, overwrite_gram=True, backend=backend), 2) / seconds
+    blob = bytes(1 << 25)
+    read = _read_rate(checkpoint)
+    return Rates(
+        gram=speeds,
+        clustering=clustering,
+        hash=len(blob) / _best(lambda: hashlib.sha256(blob), 2),
+        read=read,
+        write=read if destination is None else _write_rate(destination),
+    )
+
+
+def _best(action: Callable[[], object], rounds: int) -> float:
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        action()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _read_rate(checkpoint: Checkpoint) -> float:
+    """Of pieces spread over the source's files, as they are: what is in the page cache will be there for the fold too."""
+    files = sorted({info.path for info in checkpoint.tensors.values()})
+    places = [(file, at) for file in files for at in range(0, file.stat().st_size, 1 << 23)]
+    buffer = memoryview(bytearray(1 << 23))
+    start, done = time.perf_counter(), 0
+    for file, at in places[:: max(1, len(places) * len(buffer) // _DISK_BYTES)]:
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            done += os.preadv(handle, [buffer], at)
+        finally:
+            os.close(handle)
+        if time.perf_counter() - start > _PROBE_SECONDS:
+            break
+    return max(done, 1) / (time.perf_counter() - start)
+
+
+def _write_rate(folder: Path) -> float:
+    """Of a file without a name, to fsync."""
+    piece = memoryview(bytearray(1 << 23))
+    start, done = time.perf_counter(), 0
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        while done < _DISK_BYTES and time.perf_counter() - start < _PROBE_SECONDS:
+            done += file.write(piece)
+        os.fsync(file.fileno())
+    return done / (time.perf_counter() - start)
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())

@@ -1,0 +1,63 @@
+"""The planned output shards: tensors in any order, whole or in pieces, each shard on the disk once it is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from pyfold.errors import PyfoldError
+from pyfold.io.destination import sync_folder
+from pyfold.io.safetensors import Shard, TensorInfo
+
+Layout = tuple[str, tuple[int, ...]]  # safetensors dtype, shape
+
+
+class Output:
+    """``with Output(folder, tensors, shards) as output: ...``: one writer of a result; others may write other tensors of it."""
+
+    def __init__(
+        self, folder: Path, tensors: Mapping[str, Layout], shards: Mapping[str, list[str]], written: frozenset[str]
+    ) -> None:
+        """``shards``: file -> its tensors. Those ``written`` already are on the disk."""
+        self._folder, self._tensors, self._shards, self._written = folder, tensors, shards, written
+        self._shard_of = {name: shard for shard, names in shards.items() for name in names}
+        self._open: dict[str, Shard] = {}
+        self._places: dict[str, TensorInfo] = {}
+        for shard in {self._shard_of[name] for name in written}:
+            if not (folder / shard).exists():
+                raise PyfoldError(f"{folder / shard}: written by a run that was stopped, and gone; remove {folder.parent}")
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for shard in self._open.values():
+            shard.close()
+
+    def write(self, name: str, block: Tensor, row: int, column: int, width: int) -> None:
+        """Write a block (rows, columns) of a tensor taken for a matrix of ``width`` columns, from ``row`` and ``column`` on."""
+        shard = self._shard(name)
+        shard.write_block(name, block, row, column, width)
+        if shard.complete:
+            shard.sync()
+            self._open.pop(self._shard_of[name]).close()
+
+    def place(self, name: str) -> TensorInfo:
+        """Where in the result a tensor is, some of which has been written."""
+        return self._places[name]
+
+    def sync(self) -> None:
+        """All that has been written outlives the machine once this returns."""
+        for shard in self._open.values():
+            shard.sync()
+        sync_folder(self._folder)
+
+    def _shard(self, name: str) -> Shard:
+        shard = self._shard_of[name]
+        if shard not in self._open:
+            layout = {member: self._tensors[member] for member in self._shards[shard]}
+            self._open[shard] = Shard(self._folder / shard, layout, self._written)
+            self._places.update({member: self._open[shard].place(member) for member in layout})
+        return self._open[shard]
