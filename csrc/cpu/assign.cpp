@@ -26,7 +26,7 @@ struct Best {
 };
 
 inline int64_t right_floats(int64_t d, int64_t n_clusters) {
-    return panels_of(d) * blocks_of(n_clusters) * block_floats(Form::fp32, min_of(d, kPanel));
+    return panels_of(Form::fp32, d) * blocks_of(n_clusters) * block_floats(Form::fp32, min_of(d, kPanel));
 }
 
 // What one thread works with: packed points of one panel, sums between panels, the engine's buffer, the best so far, a line.
@@ -34,7 +34,7 @@ struct Workspace {
     int64_t left, sums, buffer, best, line, total;
     Workspace(int64_t d, int64_t n_clusters) {
         left = lines_of(kTile * block_floats(Form::fp32, min_of(d, kPanel)));
-        sums = panels_of(d) > 1 ? lines_of(kRows * min_of(kSpan, blocks_of(n_clusters)) * kBlock) : 0;
+        sums = panels_of(Form::fp32, d) > 1 ? lines_of(kRows * min_of(kSpan, blocks_of(n_clusters)) * kBlock) : 0;
         buffer = lines_of(buffer_floats());
         best = lines_of(kRows * sizeof(Best) / sizeof(float));
         line = lines_of(d);
@@ -123,7 +123,8 @@ int64_t assign_scratch(int64_t d, int64_t n_clusters, int threads) {
 
 void assign(const void* x, DType dtype, int64_t n, int64_t d, int64_t ld, const float* centroids, int64_t n_clusters,
             int64_t* labels, float* distances, float* scratch, int threads) {
-    const int64_t n_blocks = blocks_of(n_clusters), n_panels = panels_of(d), stride = right_floats(d, n_clusters) / n_panels;
+    const int64_t n_blocks = blocks_of(n_clusters), n_panels = panels_of(Form::fp32, d),
+                  stride = right_floats(d, n_clusters) / n_panels;
     float* norms = scratch;
     float* packed = norms + lines_of(n_blocks * kBlock);
     float* workspaces = packed + n_panels * stride;

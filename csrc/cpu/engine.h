@@ -27,7 +27,7 @@ namespace {
 
 inline int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
 
-inline int64_t panels_of(int64_t d) { return (d + kPanel - 1) / kPanel; }
+inline int64_t panels_of(Form form, int64_t d) { return (d + panel_of(form) - 1) / panel_of(form); }
 
 // Floats, to a multiple of a cache line.
 inline int64_t lines_of(int64_t floats) { return (floats + 15) / 16 * 16; }

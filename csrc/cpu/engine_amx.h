@@ -32,11 +32,11 @@ constexpr float kProductError = 4e-6f;
 // A tile: 16 rows of 64 bytes, of the left operand a point each; the right operand's has its words transposed.
 constexpr int64_t kTileFloats = 256, kTilePoints = 16;
 constexpr int64_t kDigits = 3;
-// Steps of fp16 points multiplied at a time: 16 KiB an operand, of which each serves two tiles. Whole panels, 32 KiB an
-// operand, leave L1 before they are read again: 1.15 x the time.
-constexpr int64_t kRun = 8;
 static_assert(kBlock == 2 * kTilePoints && kPanel % 64 == 0, "blocks and panels are whole tiles");
 static_assert((127 * 127 * 256 + 2 * 127 * 128) * kPanel < int64_t{1} << 31, "sums of a panel fit int32");
+
+// Columns of a panel: fp16 points' tiles of 512 would leave L1 before they are read again, for 1.15 x the time.
+constexpr int64_t panel_of(Form form) { return form == Form::fp16 ? kPanel / 2 : kPanel; }
 
 // Steps of a panel, 64 bytes of columns each, and the tiles of a step: digits, or bf16 parts.
 constexpr int64_t columns_of(Form form) { return form == Form::fp32 ? 64 : 32; }
@@ -146,7 +146,7 @@ inline float pack_digits(const float* line, int64_t steps, float* rows) {
 // other null); points past N and columns past the width as zeros.
 void pack(const void* x, DType dtype, Form form, int64_t n, int64_t ld, bool transposed, int64_t first, int64_t column,
           int64_t width, float* left, float* right, int64_t block) {
-    alignas(64) float lines[kBlock][kPanel], unasked[block_floats(Form::fp16, kPanel)];  // the largest form
+    alignas(64) float lines[kBlock][kPanel], unasked[block_floats(Form::fp32, kPanel)];  // the largest
     const int64_t points = min_of(kBlock, n - first), steps = steps_of(form, width), floats = tile_floats(form, width);
     const int64_t padded = steps * columns_of(form);
     float* rows = left ? left + block * block_floats(form, width) : unasked;
@@ -250,14 +250,13 @@ inline void multiply_bf16(const float* a, const float* a1, const float* b, const
     _tile_stored(3, products + 16 * kBlock + 16, 4 * kBlock);
 }
 
-// 16 x 16 products of fp16 points over some steps, added to what there is where there is `more`.
-inline void multiply_fp16(const float* a, const float* b, int64_t steps, bool more, float* products) {
+// 16 x 16 products of fp16 points over a panel.
+inline void multiply_fp16(const float* a, const float* b, int64_t steps, float* products) {
     alignas(64) float sums[kBlock * kBlock];
     multiply_bf16(a, a + kTileFloats, b, b + kTileFloats, steps, 2 * kTileFloats, sums);
     for (int64_t r = 0; r < 16; r++, products += kBlock) {
         const float *of_first = sums + r * kBlock, *of_second = of_first + 16 * kBlock;
-        const vfloat sum = load(of_first) + ((load(of_first + 16) + load(of_second)) + load(of_second + 16));
-        store(products, more ? load(products) + sum : sum);
+        store(products, load(of_first) + ((load(of_first + 16) + load(of_second)) + load(of_second + 16)));
     }
 }
 
@@ -267,7 +266,6 @@ template <class Sink>
 inline void multiply(const float* left, int64_t i0, int64_t i1, const float* right, int64_t j0, int64_t j1, Form form,
                      int64_t width, bool upper, float* buffer, Sink sink) {
     const int64_t steps = steps_of(form, width), floats = tile_floats(form, width), stride = block_floats(form, width);
-    const int64_t run = form == Form::fp16 ? kRun : steps;
     stores_before_tiles();
     for (int64_t i = i0; i < i1; i++)
         for (int64_t j = upper && i > j0 ? i : j0; j < j1; j++) {
@@ -275,18 +273,16 @@ inline void multiply(const float* left, int64_t i0, int64_t i1, const float* rig
             if (form == Form::bf16)
                 multiply_bf16(a, a + floats, b, b + floats, steps, kTileFloats, buffer);
             else
-                for (int64_t step = 0; step < steps; step += run)
-                    for (int64_t t = 0; t < 4; t++) {
-                        const int64_t tj = t / 2, ti = tj ^ (t & 1);  // the next one shares an operand
-                        const float *ta = a + ti * floats, *tb = b + tj * floats;
-                        float* products = buffer + (ti * kBlock + tj) * kTilePoints;
-                        if (form == Form::fp16)
-                            multiply_fp16(ta + 2 * step * kTileFloats, tb + 2 * step * kTileFloats, min_of(run, steps - step),
-                                          step > 0, products);
-                        else
-                            multiply_digits(ta, tb, steps, a + 2 * floats + ti * kTilePoints, b + 2 * floats + tj * kTilePoints,
-                                            products);
-                    }
+                for (int64_t t = 0; t < 4; t++) {
+                    const int64_t tj = t / 2, ti = tj ^ (t & 1);  // the next one shares an operand
+                    const float *ta = a + ti * floats, *tb = b + tj * floats;
+                    float* products = buffer + (ti * kBlock + tj) * kTilePoints;
+                    if (form == Form::fp16)
+                        multiply_fp16(ta, tb, steps, products);
+                    else
+                        multiply_digits(ta, tb, steps, a + 2 * floats + ti * kTilePoints, b + 2 * floats + tj * kTilePoints,
+                                        products);
+                }
             sink(i * kBlock, j * kBlock, kBlock, buffer);
         }
 }

@@ -33,6 +33,8 @@ inline bool in_pairs(Form) { return false; }
 inline vfloat multiply_add(vfloat sum, float a, vfloat b, bool) { return sum + a * b; }
 #endif
 
+constexpr int64_t panel_of(Form) { return kPanel; }
+
 // Packed floats of one block over one panel.
 inline int64_t block_floats(Form, int64_t) { return kBlock * kPanel; }
 inline int64_t buffer_floats() { return kMr * kBlock; }
