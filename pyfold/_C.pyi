@@ -1,9 +1,10 @@
 # The extension of csrc/bindings.cpp. Addresses are tensor.data_ptr(); dtypes are 0 (f32), 1 (f16), 2 (bf16). Ops on the Gram
-# matrix take a list of problems; bindings.cpp names the entries of each tuple.
+# matrix take a list of problems, or one in a file; bindings.cpp names the entries of each tuple.
 
 from collections.abc import Sequence
 
 _Problems = Sequence[tuple[int, ...]]
+_GramFile = tuple[int, int, str, int, int]
 
 def simd_levels() -> list[str]: ...
 def gram(simd: str, problems: _Problems, accumulate: bool, transposed: bool, threads: int, /) -> None: ...
@@ -11,6 +12,14 @@ def assign(simd: str, problems: _Problems, threads: int, /) -> None: ...
 def ward(simd: str, problems: _Problems, threads: int, /) -> None: ...
 def lloyd(simd: str, problems: _Problems, threads: int, /) -> None: ...
 def hartigan(simd: str, problems: _Problems, max_moves: int, threads: int, /) -> list[list[float]]: ...
+def ward_file(
+    simd: str, gram: _GramFile, scratch: int, n_clusters: int, weights: int, lo: int, hi: int, height: int,
+    threads: int, /,
+) -> None: ...  # fmt: skip
+def hartigan_file(
+    simd: str, gram: _GramFile, n_clusters: int, labels: int, weights: int, max_moves: int, threads: int, /,
+) -> list[float]: ...  # fmt: skip
+def gather_file(gram: _GramFile, i: int, n_i: int, j: int, n_j: int, out: int, /) -> None: ...
 def merge_rows(
     simd: str, x: int, dtype: int, n: int, d: int, ld: int, labels: int, n_clusters: int, weights: int, out: int, to: int,
     threads: int, /,

@@ -26,15 +26,26 @@ _SLACK = 24 << 20  # stacks of threads, small tensors, what the allocator keeps
 
 @dataclass(frozen=True)
 class GroupBudget:
-    """Features of a group's weights in hand at once (None: whole weights), and its peak in bytes beside the process."""
+    """How a group is folded, in bytes.
+
+    Attributes
+    ----------
+    features : int or None
+        Of its weights in hand at once; None for whole weights, held from the Gram matrix to merging.
+    nbytes : int
+        Its peak, beside the process and what is read ahead.
+    behind : int
+        What the weights held and the results not yet written may take together.
+    """
 
     features: int | None
     nbytes: int
+    behind: int
 
 
 @dataclass(frozen=True)
 class Budget:
-    """In bytes: what interpreter and imports hold, what every group takes, what may be read ahead and written behind."""
+    """In bytes: what interpreter and imports hold, what groups take, what may be read ahead, and copied but not written."""
 
     process: int
     groups: dict[str, GroupBudget]
@@ -44,7 +55,7 @@ class Budget:
     @property
     def peak(self) -> int:
         """Bytes at most: VmHWM of the process."""
-        return self.process + max([_COPYING, *(group.nbytes for group in self.groups.values())]) + self.ahead + self.behind
+        return self.process + max([_COPYING + self.behind, *(group.nbytes for group in self.groups.values())]) + self.ahead
 
 
 def make_budget(checkpoint: Checkpoint, plan: Plan, host_memory: int, process: int) -> Budget:
@@ -59,35 +70,36 @@ def make_budget(checkpoint: Checkpoint, plan: Plan, host_memory: int, process: i
         If a group does not fit however finely it is cut; names the least that would do.
     """
     room = host_memory - process
-    groups = {}
+    cuts: dict[str, int | None] = {}
     for group, k in plan.groups:
-        whole = group_bytes(group, k, checkpoint, None)
-        if whole <= room:
-            groups[group.name] = GroupBudget(None, whole)
-            continue
         finest = group_bytes(group, k, checkpoint, PANEL)
         if finest > room:
-            least = finest + process
-            raise PyfoldError(
-                f"host_memory: {group.name} needs at least {least / 2**20:.0f} MiB ({least:,} bytes), got "
-                f"{host_memory / 2**20:.0f} MiB; its Gram matrix alone takes {4 * group.width**2 / 2**20:.0f}"
-            )
+            raise _too_little(host_memory, finest + process, group)
         most = max(checkpoint.tensors[name].n_parameters // group.width for name in group.tensors)
-        features = max(size for size in range(PANEL, most + PANEL, PANEL) if group_bytes(group, k, checkpoint, size) <= room)
-        groups[group.name] = GroupBudget(features, group_bytes(group, k, checkpoint, features))
-    left = room - max([_COPYING, *(group.nbytes for group in groups.values())])
-    if left < 0:
-        raise PyfoldError(
-            f"host_memory: needs at least {(process + _COPYING) / 2**20:.0f} MiB ({process + _COPYING:,} bytes), got "
-            f"{host_memory / 2**20:.0f} MiB"
-        )
-    reads, results = [2 * PIECE], [2 * PIECE]
+        sizes = [None, *range(-(-most // PANEL) * PANEL, 0, -PANEL)]
+        cuts[group.name] = next(size for size in sizes if group_bytes(group, k, checkpoint, size) <= room)
+    if room < _COPYING:
+        raise _too_little(host_memory, _COPYING + process)
+    takes = {group.name: group_bytes(group, k, checkpoint, cuts[group.name]) for group, k in plan.groups}
+    pieces, results = [2 * PIECE], [2 * PIECE]
     for group, _ in plan.groups:
-        cut = groups[group.name].features
-        reads += [_piece_bytes(checkpoint.tensors[name], group.width, cut) for name in group.tensors]
+        pieces += [_piece_bytes(checkpoint.tensors[name], group.width, cuts[group.name]) for name in group.tensors]
         results.append(sum(prod(plan.tensors[name][1]) * ITEM_SIZE[plan.tensors[name][0]] for name in group.tensors))
-    ahead = min(left, max(reads))
-    return Budget(process, groups, ahead, min(left - ahead, max(results)))
+    ahead = min(room - max([_COPYING, *takes.values()]), max(pieces))
+    behind = min(room - ahead - max([_COPYING, *(takes[name] for name, cut in cuts.items() if cut)]), max(results))
+    groups = {}
+    for group, _ in plan.groups:
+        name, cut = group.name, cuts[group.name]
+        whole = sum(checkpoint.tensors[member].nbytes for member in group.tensors)
+        groups[name] = GroupBudget(cut, takes[name] + behind, behind) if cut else GroupBudget(None, takes[name], whole)
+    return Budget(process, groups, ahead, behind)
+
+
+def _too_little(host_memory: int, least: int, group: FoldGroup | None = None) -> PyfoldError:
+    needs = f"needs at least {least / 2**20:.0f} MiB ({least:,} bytes), got {host_memory / 2**20:.0f} MiB"
+    if group is None:
+        return PyfoldError(f"host_memory: {needs}")
+    return PyfoldError(f"host_memory: {group.name} {needs}; its Gram matrix alone takes {4 * group.width**2 / 2**20:.0f}")
 
 
 def _piece_bytes(info: TensorInfo, width: int, features: int | None) -> int:

@@ -94,7 +94,7 @@ def run_jobs(
     trace: Trace,
 ) -> None:
     """Do the jobs, in order. ``record`` is called, from another thread, with each that is on the disk."""
-    with Reader() as reader, Behind(budget.behind) as behind:
+    with Reader() as reader, Behind() as behind:
         reads = ((read.nbytes, partial(_perform, reader, read, trace)) for job in jobs for read in _reads(job, budget))
         with Ahead(reads, budget.ahead) as ahead:
             stages = _Stages(ahead, behind, output, plan, backend, advance, trace)
@@ -105,7 +105,7 @@ def run_jobs(
                     report = _fold(job, job.group, budget.groups[job.group.name], stages, source, result)
                 else:
                     report = None
-                    _copy(job, stages, source, result)
+                    _copy(job, budget.behind, stages, source, result)
                 behind.put(0, partial(_settle, output, record, Finished(source, result, report), trace))
 
 
@@ -249,15 +249,22 @@ class _Stages(NamedTuple):
             if read.rows is not None:
                 self.check_finite(read, values, "in the source")
                 yield read, values
+            del values
 
-    def write(self, name: str, blocks: Iterable[_Block], width: int, result: dict[str, str]) -> None:
-        """Have a tensor of so many columns written behind, block by block."""
+    def write(self, name: str, blocks: Iterable[_Block], width: int, result: dict[str, str], room: Callable[[], int]) -> None:
+        """Have a tensor of so many columns written behind, block by block, while what waits to be written has ``room``."""
         digest, in_order = hashlib.sha256(), True
         for block in blocks:
             in_order = in_order and block.values.shape[1] == width
-            with self.trace("wait for the writer"):
-                self.behind.put(block.values.nbytes, partial(self._write, name, block, width, digest if in_order else None))
+            self.behind.put(block.values.nbytes, partial(self._write, name, block, width, digest if in_order else None))
+            del block
+            self.wait(room())
         self.behind.put(0, partial(self._note, name, digest if in_order else None, result))
+
+    def wait(self, n_bytes: int) -> None:
+        """Until no more than so many bytes are left to be written."""
+        with self.trace("wait for the writer"):
+            self.behind.wait(max(0, n_bytes))
 
     def _write(self, name: str, block: _Block, width: int, digest: Any) -> None:
         if digest:
@@ -283,7 +290,7 @@ class _Stages(NamedTuple):
             raise PyfoldError(f"{read.info.path}: tensor '{read.info.name}' holds {value} {what} at element {at}")
 
 
-def _copy(job: Job, stages: _Stages, source: dict[str, str], result: dict[str, str]) -> None:
+def _copy(job: Job, room: int, stages: _Stages, source: dict[str, str], result: dict[str, str]) -> None:
     """Stream tensors outside every folded group through, in pieces."""
 
     def blocks(info: TensorInfo) -> Iterator[_Block]:
@@ -296,7 +303,7 @@ def _copy(job: Job, stages: _Stages, source: dict[str, str], result: dict[str, s
             yield _Block(values, read.begin, 0)
 
     for info in job.tensors:
-        stages.write(info.name, blocks(info), 1, result)
+        stages.write(info.name, blocks(info), 1, result, lambda: room)
 
 
 def _fold(
@@ -307,8 +314,14 @@ def _fold(
     Weights are held from the one to the other, or, where they are cut, read again.
     """
     k = job.n_clusters
-    gram = torch.empty((group.width, group.width), dtype=torch.float32)
     held: dict[str, tuple[_Read, Tensor]] = {}
+
+    def room() -> int:
+        return cut.behind - sum(values.nbytes for _, values in held.values())
+
+    largest = max(read.nbytes for read in _gram_reads(group, job.tensors, cut))
+    stages.wait(room() - largest)
+    gram = torch.empty((group.width, group.width), dtype=torch.float32)
     accumulate = False
     for read, values in stages.take(_gram_reads(group, job.tensors, cut), source):
         name = read.info.name
@@ -319,6 +332,7 @@ def _fold(
             held[name] = (read, values)
         stages.advance(read.nbytes, group.name)
         del values
+        stages.wait(room() - largest)
     with stages.trace("cluster", group=group.name):
         try:
             clusters = cluster(gram=gram, n_clusters=k, overwrite_gram=True, backend=stages.backend)
@@ -328,7 +342,7 @@ def _fold(
 
     def merged(info: TensorInfo) -> Iterator[_Block]:
         consumer, to = info.name in group.consumers, stages.dtype(info.name)
-        reads = iter([held.pop(info.name)]) if held else stages.take(_merge_reads(group, info, cut), source)
+        reads = stages.take(_merge_reads(group, info, cut), source) if cut.features else (held.pop(info.name) for _ in range(1))
         for read, values in reads:
             with stages.trace("merge", tensor=info.name):
                 merge = ops.merge_columns if consumer else ops.merge_rows
@@ -337,9 +351,11 @@ def _fold(
             stages.check_finite(read, block, "folded")
             assert read.rows is not None
             yield _Block(block, read.rows.start if consumer else 0, read.columns.start)
+            del block
 
     for info in job.tensors:
-        stages.write(info.name, merged(info), k if info.name in group.consumers else info.n_parameters // group.width, result)
+        width = k if info.name in group.consumers else info.n_parameters // group.width
+        stages.write(info.name, merged(info), width, result, room)
     return GroupReport(
         name=group.name,
         layer=group.layer,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,10 @@ from pyfold import fold_checkpoint
 from pyfold.budget import PANEL, group_bytes, make_budget
 from pyfold.errors import PyfoldError
 from pyfold.families import family_of
+from pyfold.forecast import forecast
 from pyfold.io.checkpoint import open_checkpoint
+from pyfold.io.safetensors import read_bytes
+from pyfold.pipeline import prepare
 from pyfold.plan import make_plan
 
 MIB = 2**20
@@ -23,6 +28,11 @@ MIB = 2**20
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Layers of 3 x 600 x 5000 numbers: ten panels of features."""
     return write_synthetic(tmp_path_factory.mktemp("budget") / "src", 2, 600, 5000)
+
+
+def group_bytes_of(source: Path, features: int) -> int:
+    checkpoint = open_checkpoint(source)
+    return group_bytes(family_of(checkpoint).fold_groups(checkpoint)[0], 450, checkpoint, features)
 
 
 def least(message: str) -> int:
@@ -58,20 +68,84 @@ def test_groups_are_cut_no_finer_than_needed(source: Path) -> None:
         make_budget(checkpoint, plan, make_budget(checkpoint, plan, limit, 0).peak // 4, 0)
 
 
-def test_a_run_keeps_to_its_budget(tmp_path: Path) -> None:
-    """VmHWM of the process, interpreter and imports included."""
-    folder = write_synthetic(tmp_path / "src", 2, 3000, 5000)  # a layer has 172 MiB of weights, 34 of G
-    refused = run_cli("fold", folder, tmp_path / "dst", "--ratio", "0.2", "--host-memory", "10MiB")
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A layer has 172 MiB of weights, 34 of G."""
+    return write_synthetic(tmp_path_factory.mktemp("large") / "src", 2, 3000, 5000)
+
+
+def test_a_run_keeps_to_its_budget(large: Path, tmp_path: Path) -> None:
+    """VmHWM of the process, interpreter and imports included; and the kernel gives it no more data than that."""
+    refused = run_cli("fold", large, tmp_path / "dst", "--ratio", "0.2", "--host-memory", "10MiB")
     check_refused(refused.returncode, refused.stderr, ["host_memory", "layers.0.mlp", "its Gram matrix alone takes 34"])
+    limit = least(refused.stderr) + 4 * MIB
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}  # the stacks of a hundred threads are data too
     peaks = {}
-    for name, size in {"whole": [], "least": ["--host-memory", str(least(refused.stderr) + 4 * MIB)]}.items():
-        done = run_cli("fold", folder, tmp_path / name, "--ratio", "0.2", "--json", *size)
+    for name, options in {"whole": [], "least": ["--host-memory", str(limit)]}.items():
+
+        def limited(limit: int = limit if options else resource.RLIM_INFINITY) -> None:
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+        done = run_cli(
+            "fold", large, tmp_path / name, "--ratio", "0.2", "--json", *options, env=environment, preexec_fn=limited
+        )
         assert done.returncode == 0, done.stderr
         peaks[name] = json.loads(done.stdout)["peak_rss_bytes"]
-    limit = least(refused.stderr) + 4 * MIB
     print(f"VmHWM: {peaks['whole'] / MIB:.0f} MiB without a budget, {peaks['least'] / MIB:.0f} of {limit / MIB:.0f} with one")
     assert peaks["least"] <= limit < peaks["whole"]
     assert tree(tmp_path / "least") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("host_memory", [None, "500MiB"])
+def test_a_plan_says_what_the_fold_takes(large: Path, tmp_path: Path, host_memory: str | None) -> None:
+    options = ["--ratio", "0.2", "--json"] + (["--host-memory", host_memory] if host_memory else [])
+    plan = run_cli("plan", large, tmp_path / "dst", *options)
+    assert plan.returncode == 0, plan.stderr
+    assert not (tmp_path / "dst").exists()
+    planned = json.loads(plan.stdout)
+    fold = run_cli("fold", large, tmp_path / "dst", *options)
+    assert fold.returncode == 0, fold.stderr
+    took = json.loads(fold.stdout)
+    print(f"peak {took['peak_rss_bytes'] / MIB:.0f} MiB of {planned['peak'] / MIB:.0f} planned; seconds "
+          f"{took['seconds']:.2f} of {planned['seconds']:.2f}")  # fmt: skip
+    assert 0.85 * planned["peak"] <= took["peak_rss_bytes"] <= planned["peak"]
+    assert planned["bytes_written"] == took["bytes_after"]
+    assert planned["flops"] == 2 * 3 * 3000**2 * 5000
+    assert [(group["name"], group["folded_width"]) for group in planned["groups"]] == [
+        (group["name"], group["folded_width"]) for group in took["groups"]
+    ]
+
+
+def test_a_plan_counts_every_byte_that_is_read(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+
+    def counted(file: int, path: Path, offset: int, buffer: memoryview) -> None:
+        if path.parent == source:
+            read.append(len(buffer))
+        read_bytes(file, path, offset, buffer)
+
+    monkeypatch.setattr("pyfold.io.safetensors.read_bytes", counted)
+    monkeypatch.setattr("pyfold.pipeline.rss_bytes", lambda: 0)
+    options = {"width": None, "layers": None, "multiple_of": None, "dtype": "keep", "max_shard_size": "5GB", "backend": "auto"}
+    for memory in (None, group_bytes_of(source, 3 * PANEL)):
+        prepared = prepare(source, ratio=0.25, host_memory=memory, **options)
+        planned = forecast(prepared)
+        read.clear()
+        fold_checkpoint(source, tmp_path / str(memory), ratio=0.25, host_memory=memory)
+        assert sum(read) == planned.bytes_read
+    assert planned.bytes_read > 2 * prepared.checkpoint.nbytes, "cut weights are read more than once"
+
+
+def test_a_plan_is_read_by_people(source: Path, tmp_path: Path) -> None:
+    done = run_cli("plan", source, "--ratio", "0.25")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"layers\.0\.mlp to layers\.1\.mlp +600 +450 +all", done.stdout)
+    assert re.search(r"seconds +\d+\.\d, limited by (computing|reading and writing|hashing)", done.stdout)
+    assert re.search(r"disk +[\d,]+ bytes needed, [\d,]+ free", done.stdout)
+    refused = run_cli("plan", source, "--ratio", "0.25", "--host-memory", "1MiB")
+    check_refused(refused.returncode, refused.stderr, ["host_memory", "needs at least"])
+    refused = run_cli("plan", tmp_path / "absent")
+    check_refused(refused.returncode, refused.stderr, ["absent", "no such folder"])
 
 
 def test_bad_sizes(tmp_path: Path) -> None:

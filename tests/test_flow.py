@@ -48,8 +48,8 @@ def test_ahead_keeps_order_and_bounds(capacity: int) -> None:
     assert held.most >= min(capacity, sum(sizes[:3])) - max(sizes), "and room is used"
 
 
-@pytest.mark.parametrize("capacity", CAPACITIES)
-def test_behind_keeps_order_and_bounds(capacity: int) -> None:
+@pytest.mark.parametrize("room", CAPACITIES)
+def test_behind_keeps_order_and_bounds(room: int) -> None:
     held, done = Held(), []
 
     def write(i: int, n_bytes: int) -> None:
@@ -57,13 +57,15 @@ def test_behind_keeps_order_and_bounds(capacity: int) -> None:
         done.append(i)
         held.add(-n_bytes)
 
-    with Behind(capacity) as behind:
+    with Behind() as behind:
         for i in range(20):
             held.add(7)
             behind.put(7, partial(write, i, 7))
-            assert held.now <= capacity
-    assert done == list(range(20))
-    assert held.most <= capacity + 7
+            behind.wait(room)
+            assert held.now <= room
+        behind.put(0, partial(done.append, 20))
+    assert done == list(range(21))
+    assert held.most <= room + 7
 
 
 def test_a_failed_read_is_raised_where_it_would_have_been_taken() -> None:
@@ -87,17 +89,18 @@ def test_a_failed_write_is_raised_and_nothing_is_done_after_it() -> None:
             raise OSError("full")
         done.append(i)
 
-    def put_all(behind: Behind, n: int) -> None:
+    def put_all(behind: Behind, n: int, room: int = 100) -> None:
         for i in range(n):
             behind.put(1, partial(write, i))
+            behind.wait(room)
 
-    with pytest.raises(OSError, match="full"), Behind(100) as behind:
+    with pytest.raises(OSError, match="full"), Behind() as behind:
         put_all(behind, 3)
     assert done == [0]
 
     def lockstep() -> None:
-        with Behind(0) as behind:
-            put_all(behind, 2)
+        with Behind() as behind:
+            put_all(behind, 2, room=0)
             done.append("the put of what failed raises")
 
     with pytest.raises(OSError, match="full"):
@@ -115,7 +118,7 @@ def test_a_failure_outside_drops_what_was_not_done() -> None:
         done.append(0)
 
     def fail() -> None:
-        with Behind(100) as behind:
+        with Behind() as behind:
             behind.put(1, first)
             behind.put(1, partial(done.append, 1))
             started.wait()

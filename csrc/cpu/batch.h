@@ -4,9 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <exception>
 #include <numeric>
 #include <vector>
+
+#include "parallel.h"
 
 namespace pyfold {
 
@@ -20,17 +21,7 @@ void for_each_problem(const std::vector<int64_t>& sizes, int threads, Solve solv
     const int64_t count = static_cast<int64_t>(order.size());
     int64_t at = 0;
     while (at < count && (sizes[order[at]] >= kLarge || count - at < threads)) solve(order[at++], threads);
-    std::exception_ptr failure;  // an exception must not leave a parallel region
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (count - at > 1)
-    for (int64_t i = at; i < count; i++) {
-        try {
-            solve(order[i], 1);
-        } catch (...) {
-#pragma omp critical
-            failure = std::current_exception();
-        }
-    }
-    if (failure) std::rethrow_exception(failure);
+    parallel_for(count - at, 1, threads, [&](int64_t i, int) { solve(order[at + i], 1); });
 }
 
 }  // namespace pyfold

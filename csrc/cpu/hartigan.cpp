@@ -13,8 +13,6 @@
 #include <limits>
 #include <unordered_map>
 
-#include <omp.h>
-
 #include "partition.h"
 
 namespace pyfold {
@@ -24,10 +22,11 @@ namespace {
 constexpr double kThreshold = 1e-6;
 constexpr double kRounding = 1e-9;  // of what leaving saves: far above fp64 noise, and all that bounds a point at the origin
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr size_t kLarge = 16;  // members from which a cluster's sums are kept
 
 struct Refinement {
     const Kernels& kernels;
-    const float* gram;
+    const GramRows& gram;
     const int64_t n, n_clusters;
     int64_t* labels;
     const double* weights;
@@ -39,6 +38,7 @@ struct Refinement {
     std::vector<double> weight = std::vector<double>(n_clusters), total = std::vector<double>(n_clusters);
     std::unordered_map<int64_t, std::vector<double>> large{};  // S[:] of the large clusters that have changed
     bool sorted = false;                                       // offsets and order say what members says
+    std::vector<GramRows::Buffer> rows = gram.buffers(std::max<int64_t>(threads, kLarge));
     // Per point: what leaving its cluster saves, what entering the target costs, and at least what entering any other costs.
     std::vector<double> saved = std::vector<double>(n, 0.0), entry = std::vector<double>(n, kInfinity),
                         others = std::vector<double>(n, kInfinity);
@@ -63,12 +63,12 @@ struct Refinement {
     bool alone(int64_t i) const { return members[labels[i]].size() == 1; }
 
     // Everything about point i, from its Gram row and the current members. A point alone in its cluster never moves.
-    void evaluate(int64_t i, std::vector<double>& sums) {
+    void evaluate(int64_t i, std::vector<double>& sums, GramRows::Buffer& row) {
         saved[i] = 0;
         entry[i] = others[i] = kInfinity;
         target[i] = -1;
         if (alone(i)) return;
-        kernels.segment_sum(gram + i * n, Clusters{n_clusters, offsets.data(), order.data()}, weights, sums.data());
+        kernels.segment_sum(gram.row(i, row), Clusters{n_clusters, offsets.data(), order.data()}, weights, sums.data());
         saved[i] = leave_saving(i, sums[labels[i]]);
         kernels.cheapest(sums.data(), total.data(), weight.data(), n_clusters, labels[i], self(i), weights[i], &entry[i],
                          &others[i], &target[i]);
@@ -85,10 +85,24 @@ struct Refinement {
         offsets[n_clusters] = at;
     }
 
+    void sum_members(const std::vector<int64_t>& of, std::vector<double>& sums) {
+        sums.assign(n, 0.0);
+        std::vector<const float*> row(of.size());
+        std::vector<double> w(of.size());
+        const size_t together = gram.in_memory() ? of.size() : rows.size();
+        for (size_t begin = 0; begin < of.size(); begin += together) {
+            const size_t count = std::min(together, of.size() - begin);
+            for (size_t m = 0; m < count; m++) {
+                row[m] = gram.row(of[begin + m], rows[gram.in_memory() ? 0 : m]);
+                w[m] = weights[of[begin + m]];
+            }
+            kernels.sum_rows(row.data(), w.data(), static_cast<int64_t>(count), n, sums.data(), threads);
+        }
+    }
+
     // W, T and S[:] of a cluster that point i has just joined (sign 1) or left (-1). Small clusters are summed afresh; the
     // sums of large ones are kept and updated, at most N / kLarge rows: an eighth of the Gram matrix.
     const std::vector<double>& measure(int64_t c, int64_t i, double sign, std::vector<double>& scratch) {
-        constexpr size_t kLarge = 16;
         const auto size = members[c].size();
         std::vector<double>* sums = &scratch;
         const bool kept = large.count(c) != 0;
@@ -99,10 +113,10 @@ struct Refinement {
         }
         if (size >= kLarge && kept) {
             const double w = sign * weights[i];
-            for (int64_t j = 0; j < n; j++) (*sums)[j] += w * gram[i * n + j];
+            const float* row = gram.row(i, rows[0]);
+            for (int64_t j = 0; j < n; j++) (*sums)[j] += w * row[j];
         } else {
-            sums->resize(n);
-            kernels.sum_rows(gram, n, members[c].data(), static_cast<int64_t>(size), weights, sums->data(), threads);
+            sum_members(members[c], *sums);
         }
         weight[c] = total[c] = 0;
         for (const int64_t j : members[c]) {
@@ -113,13 +127,12 @@ struct Refinement {
     }
 
     void start() {
-        for (int64_t i = 0; i < n; i++) diagonal[i] = gram[i * n + i];
+        for (int64_t i = 0; i < n; i++) diagonal[i] = gram.diagonal(i);
         for (int64_t i = 0; i < n; i++) members[labels[i]].push_back(i);
         sort_members();
-        Partition(labels, n, n_clusters).measure(gram, n, weights, weight.data(), total.data(), threads);
+        Partition(labels, n, n_clusters).measure(gram, weights, weight.data(), total.data(), threads);
         std::vector<std::vector<double>> sums(threads, std::vector<double>(n_clusters));
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 64)
-        for (int64_t i = 0; i < n; i++) evaluate(i, sums[omp_get_thread_num()]);
+        parallel_for(n, 64, threads, [&](int64_t i, int thread) { evaluate(i, sums[thread], rows[thread]); });
     }
 
     // The point whose move gains most, or -1; the first of equals.
@@ -136,7 +149,7 @@ struct Refinement {
             }
             if (at < 0 || entry[at] <= others[at]) return at;
             sort_members();
-            evaluate(at, sums);
+            evaluate(at, sums, rows[0]);
         }
     }
 
@@ -166,17 +179,18 @@ struct Refinement {
         for (const int64_t j : members[a]) saved[j] = leave_saving(j, in_a[j]);
         for (const int64_t j : members[b]) saved[j] = leave_saving(j, in_b[j]);
         sort_members();
-        evaluate(i, sums);
-        if (members[a].size() == 1) evaluate(members[a][0], sums);
-        if (members[b].size() == 2) evaluate(members[b][members[b][0] == i], sums);
+        evaluate(i, sums, rows[0]);
+        if (members[a].size() == 1) evaluate(members[a][0], sums, rows[0]);
+        if (members[b].size() == 2) evaluate(members[b][members[b][0] == i], sums, rows[0]);
     }
 };
 
 }  // namespace
 
-std::vector<double> hartigan(const Kernels& kernels, const float* gram, int64_t n, int64_t n_clusters, int64_t* labels,
+std::vector<double> hartigan(const Kernels& kernels, const GramRows& gram, int64_t n_clusters, int64_t* labels,
                              const double* weights, int64_t max_moves, int threads) {
     std::vector<double> gains;
+    const int64_t n = gram.n();
     if (n_clusters < 2 || n_clusters == n) return gains;
     Refinement refinement{kernels, gram, n, n_clusters, labels, weights, threads};
     refinement.start();

@@ -19,14 +19,20 @@ struct Clusters {
     const int64_t* members;
 };
 
+// One join of Ward's: the weights before it, and its cost.
+struct WardJoin {
+    int64_t lo, hi;
+    float lo_weight, hi_weight, cost;
+};
+
 // The kernels that multiply points by points. Some levels have units of their own for them.
 struct Products {
     // Floats of scratch, aligned to 64 bytes, that `gram` needs.
-    int64_t (*gram_scratch)(int64_t n, int64_t d, DType dtype, int threads);
-    // Upper block triangle of gram (N x N) = or += sum over panels of P Pᵀ. x is (N, D), or (D, N) when `transposed`, with
-    // `ld` elements between rows.
-    void (*gram)(const void* x, DType dtype, int64_t n, int64_t d, int64_t ld, bool transposed, bool accumulate, float* gram,
-                 float* scratch, int threads);
+    int64_t (*gram_scratch)(int64_t n, int64_t n_rows, int64_t d, DType dtype, int threads);
+    // The first n_rows rows, of the upper block triangle, of gram (N x N) = or += sum over panels of P Pᵀ. x is (N, D), or
+    // (D, N) when `transposed`, with `ld` elements between rows.
+    void (*gram)(const void* x, DType dtype, int64_t n, int64_t n_rows, int64_t d, int64_t ld, bool transposed, bool accumulate,
+                 float* gram, float* scratch, int threads);
     // Floats of scratch, aligned to 64 bytes, that `assign` needs.
     int64_t (*assign_scratch)(int64_t d, int64_t n_clusters, int threads);
     // Nearest of the centroids (K, D) for every row of x (N, D), and the squared distance to it. K < 2^31.
@@ -36,17 +42,24 @@ struct Products {
 
 struct Kernels {
     const Products* products;
-    // Lower triangle <- upper triangle.
-    void (*mirror)(float* gram, int64_t n, int threads);
+    // Lower triangle <- upper triangle, of N rows of length ld.
+    void (*mirror)(float* gram, int64_t n, int64_t ld, int threads);
     // Greedy Ward on a full symmetric Gram matrix, in height order, until n_clusters are left. Consumes the lower
     // triangle (Ward costs); the upper one and the diagonal stay. weights: N, becomes the cluster weights.
     // lo/hi/height: N - K joins; the joined cluster keeps index hi.
     // scratch_key: N floats; scratch_near: N ints.
     void (*ward)(float* gram, int64_t n, int64_t n_clusters, double* weights, int64_t* lo, int64_t* hi, double* height,
                  float* scratch_key, int64_t* scratch_near, int threads);
-    // out[c] = sum over members of w_i * row_i, for one list of members.
-    void (*sum_rows)(const float* gram, int64_t n, const int64_t* members, int64_t count, const double* weights, double* out,
-                     int threads);
+    // The same by whole rows of costs (ward_rows.h). Smallest of x and its first index; (inf, 0) where all are infinite.
+    float (*argmin)(const float* x, int64_t n, int64_t* index);
+    // The first `end` entries of row i of a Gram matrix -> costs of joining i with each; infinite with itself.
+    void (*ward_costs)(float* row, int64_t end, int64_t i, const float* diagonal, const double* weights);
+    // The first `end` costs of a cluster of weight w -> after `count` joins of others.
+    void (*ward_replay)(float* row, int64_t end, float w, const WardJoin* joins, int64_t count);
+    // The costs of the two that join -> in hi_row those of the cluster they become. weights: N, before the join.
+    void (*ward_join)(const float* lo_row, float* hi_row, int64_t n, const float* weights, const WardJoin& join);
+    // sums[j] += sum over rows of w_i * row_i[j].
+    void (*sum_rows)(const float* const* rows, const double* weights, int64_t count, int64_t n, double* sums, int threads);
     // out[c] = sum over j in c of w_j row[j]; `order` sorts the columns by cluster, offsets[K + 1] delimits them.
     void (*segment_sum)(const float* row, const Clusters& clusters, const double* weights, double* out);
     // Cheapest and second cheapest cluster for a point of weight w to enter: w W_c / (W_c + w) d²(i, c) over c != own.

@@ -12,7 +12,7 @@ void lloyd(const Kernels& kernels, const float* gram, int64_t n, int64_t n_clust
            const double* weights, int64_t* moved, float* distances, int threads) {
     const Partition partition(labels, n, n_clusters);
     std::vector<double> weight(n_clusters), total(n_clusters);
-    partition.measure(gram, n, weights, weight.data(), total.data(), threads);
+    partition.measure(GramRows(gram, n), weights, weight.data(), total.data(), threads);
     std::vector<double> sums(threads * n_clusters);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 64)
     for (int64_t i = 0; i < n; i++) {

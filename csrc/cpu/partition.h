@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "gram_rows.h"
 #include "kernels.h"
+#include "parallel.h"
 
 namespace pyfold {
 
@@ -22,18 +24,19 @@ struct Partition {
     Clusters clusters() const { return {n_clusters(), offsets.data(), members.data()}; }
 
     // W_c and T_c of every cluster, in fp64.
-    void measure(const float* gram, int64_t n, const double* weights, double* weight, double* total, int threads) const {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 64)
-        for (int64_t c = 0; c < n_clusters(); c++) {
+    void measure(const GramRows& gram, const double* weights, double* weight, double* total, int threads) const {
+        std::vector<GramRows::Buffer> rows = gram.buffers(threads);
+        parallel_for(n_clusters(), 64, threads, [&](int64_t c, int thread) {
             weight[c] = total[c] = 0;
             for (int64_t a = offsets[c]; a < offsets[c + 1]; a++) {
                 const int64_t i = members[a];
+                const float* row = gram.row(i, rows[thread], members[offsets[c]], members[offsets[c + 1] - 1] + 1);
                 double sum = 0;
-                for (int64_t b = offsets[c]; b < offsets[c + 1]; b++) sum += weights[members[b]] * gram[i * n + members[b]];
+                for (int64_t b = offsets[c]; b < offsets[c + 1]; b++) sum += weights[members[b]] * row[members[b]];
                 weight[c] += weights[i];
                 total[c] += weights[i] * sum;
             }
-        }
+        });
     }
 };
 

@@ -4,8 +4,8 @@
 namespace pyfold {
 namespace PYFOLD_SIMD {
 
-int64_t gram_scratch(int64_t, int64_t, DType, int);
-void gram(const void*, DType, int64_t, int64_t, int64_t, bool, bool, float*, float*, int);
+int64_t gram_scratch(int64_t, int64_t, int64_t, DType, int);
+void gram(const void*, DType, int64_t, int64_t, int64_t, int64_t, bool, bool, float*, float*, int);
 int64_t assign_scratch(int64_t, int64_t, int);
 void assign(const void*, DType, int64_t, int64_t, int64_t, const float*, int64_t, int64_t*, float*, float*, int);
 

@@ -4,19 +4,14 @@
 namespace pyfold {
 namespace PYFOLD_SIMD {
 
-void sum_rows(const float* g, int64_t n, const int64_t* members, int64_t count, const double* weights, double* out,
-              int threads) {
+void sum_rows(const float* const* rows, const double* weights, int64_t count, int64_t n, double* sums, int threads) {
     constexpr int64_t kChunk = 2048;
     // A move sums a few rows: waking a second thread costs more than it saves, ten times more where the core is busy.
 #pragma omp parallel for num_threads(threads) schedule(static) if (n * count > (1 << 20))
     for (int64_t begin = 0; begin < n; begin += kChunk) {
         const int64_t end = min_of(begin + kChunk, n);
-        for (int64_t j = begin; j < end; j++) out[j] = 0;
-        for (int64_t m = 0; m < count; m++) {
-            const float* row = g + members[m] * n;
-            const double w = weights[members[m]];
-            for (int64_t j = begin; j < end; j++) out[j] += w * row[j];
-        }
+        for (int64_t m = 0; m < count; m++)
+            for (int64_t j = begin; j < end; j++) sums[j] += weights[m] * rows[m][j];
     }
 }
 

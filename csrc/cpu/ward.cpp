@@ -8,6 +8,8 @@
 // algorithm). Ward is reducible: a join never brings a third cluster closer, so the kept cost of a row whose neighbour died
 // is a lower bound, and the row is scanned again only when it reaches the front. Joins come in height order.
 //
+// ward_rows.cpp does the same for a matrix in a file, row by row; what both compute is here, once.
+//
 // No contraction to FMA here: (W_a+W_c) C_ac + (W_b+W_c) C_bc must be symmetric in a and b for the result not to depend on
 // the order of the points (compiled with -ffp-contract=off).
 #include "simd.h"
@@ -18,8 +20,15 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 
-// Smallest of x[0..n) and its first index; (inf, 0) when there is none. Looks for the index in the winning chunk only.
-inline float argmin(const float* x, int64_t n, int64_t* index) {
+inline float joined(float a, float b, float wa, float wb, float wc, float ab) {
+    const float cost = ((wa + wc) * a + (wb + wc) * b - wc * ab) / (wa + wb + wc);
+    return cost > 0 ? cost : 0.0f;
+}
+
+}  // namespace
+
+// Looks for the index in the winning chunk only.
+float argmin(const float* x, int64_t n, int64_t* index) {
     constexpr int64_t kChunk = 512;
     float least = kInfinity;
     int64_t begin = 0;
@@ -46,31 +55,39 @@ inline float argmin(const float* x, int64_t n, int64_t* index) {
     return least;
 }
 
-void costs_from_gram(float* g, int64_t n, const double* weights, int threads) {
-    // Row i of the lower triangle from its mirror image; the diagonal is read, never written.
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 16)
-    for (int64_t i = 1; i < n; i++) {
-        float* row = g + i * n;
-        const double self = row[i], wi = weights[i];
-        for (int64_t j = 0; j < i; j++) {
-            const double wj = weights[j];
-            const double cost = wi * wj / (wi + wj) * (self + static_cast<double>(g[j * n + j]) - 2.0 * row[j]);
-            row[j] = cost > 0 ? static_cast<float>(cost) : 0.0f;
-        }
+// Symmetric in i and j bit for bit: the cost of a pair is the same from either row.
+void ward_costs(float* row, int64_t end, int64_t i, const float* diagonal, const double* weights) {
+    const double self = diagonal[i], wi = weights[i];
+    for (int64_t j = 0; j < end; j++) {
+        const double wj = weights[j];
+        const double cost = wi * wj / (wi + wj) * (self + static_cast<double>(diagonal[j]) - 2.0 * row[j]);
+        row[j] = cost > 0 ? static_cast<float>(cost) : 0.0f;
+    }
+    if (i < end) row[i] = kInfinity;
+}
+
+void ward_replay(float* row, int64_t end, float w, const WardJoin* joins, int64_t count) {
+    for (const WardJoin* join = joins; join < joins + count; join++) {
+        if (join->lo >= end) continue;
+        if (join->hi < end)
+            row[join->hi] = joined(row[join->lo], row[join->hi], join->lo_weight, join->hi_weight, w, join->cost);
+        row[join->lo] = kInfinity;
     }
 }
 
-inline float joined(float a, float b, float wa, float wb, float wc, float ab) {
-    const float cost = ((wa + wc) * a + (wb + wc) * b - wc * ab) / (wa + wb + wc);
-    return cost > 0 ? cost : 0.0f;
+// Clusters that are no more are infinitely far from both, and so are the two themselves.
+void ward_join(const float* lo_row, float* hi_row, int64_t n, const float* weights, const WardJoin& join) {
+    const float wl = join.lo_weight, wh = join.hi_weight, cost = join.cost;
+    for (int64_t c = 0; c < n; c++) hi_row[c] = joined(lo_row[c], hi_row[c], wl, wh, weights[c], cost);
 }
-
-}  // namespace
 
 void ward(float* g, int64_t n, int64_t n_clusters, double* weights, int64_t* out_lo, int64_t* out_hi, double* height,
           float* key, int64_t* near, int threads) {
     constexpr int64_t kStale = -1;
-    costs_from_gram(g, n, weights, threads);
+    // Row i of the lower triangle from its mirror image; the diagonal is read, never written. The keys come later.
+    for (int64_t i = 0; i < n; i++) key[i] = g[i * n + i];
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 16)
+    for (int64_t i = 1; i < n; i++) ward_costs(g + i * n, i, i, key, weights);
     key[0] = kInfinity;
     near[0] = kStale;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 16)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyfold.clustering.frame import largest
 from pyfold.clustering.regime import INITS, REFINEMENTS, Problem
-from pyfold.ops import checks
+from pyfold.ops import GramFile, checks
 
 _DTYPES = (*checks.FLOATS, torch.float64)
 
@@ -103,7 +103,7 @@ def tensor_of(name: str, array: Any) -> Tensor:
     return tensor if contiguous and tensor.stride(0) >= tensor.shape[1] else tensor.contiguous()
 
 
-def weights_of(weights: Any, x: Tensor) -> Tensor:
+def weights_of(weights: Any, x: Tensor | GramFile) -> Tensor:
     """fp64 weights of the points of x; one may be 0."""
     w = _on("weights", _numbers("weights", weights), x)
     if tuple(w.shape) != (len(x),):
@@ -184,7 +184,7 @@ def _problem(array: Any, n_clusters: Any, weights: Any, init: Any) -> Given:
     return Given(x, int(n_clusters), weights, init, magnitude, every, kept, isinstance(array, np.ndarray))
 
 
-def _on(name: str, tensor: Tensor, x: Tensor) -> Tensor:
+def _on(name: str, tensor: Tensor, x: Tensor | GramFile) -> Tensor:
     if tensor.device != x.device:
         raise ValueError(f"{name}: expected device {x.device}, got {tensor.device}")
     return tensor

@@ -50,7 +50,7 @@ def cluster(
     x: Tensor | np.ndarray[Any, Any] | None = None,
     *,
     n_clusters: int,
-    gram: Tensor | None = None,
+    gram: Tensor | ops.GramFile | None = None,
     weights: Tensor | np.ndarray[Any, Any] | None = None,
     overwrite_gram: bool = False,
     backend: str = "auto",
@@ -63,14 +63,15 @@ def cluster(
         Features; float32, float16, bfloat16, or float64 (rounded to float32).
     n_clusters : int
         K, 1 <= K <= N.
-    gram : Tensor, (N, N), float32, optional
-        Instead of ``x``: any symmetric positive semidefinite matrix of inner products.
+    gram : Tensor, (N, N), float32, or ops.GramFile, optional
+        Instead of ``x``: any symmetric positive semidefinite matrix of inner products. In a file it may be larger than memory,
+        and is only read; the result is the same, bit for bit.
     weights : Tensor or ndarray, (N,), optional
         Positive point weights; ones by default.
     overwrite_gram : bool
         Let the call use ``gram`` as scratch instead of a copy (4 N² bytes less); its contents are the same afterwards.
     backend : str
-        ``auto``, or a name from :func:`pyfold.ops.backends`.
+        ``auto``, or a name from :func:`pyfold.ops.backends`; ``cpu`` for a matrix in a file.
 
     Returns
     -------
@@ -97,7 +98,7 @@ def cluster(
     assert gram is not None
     weights = None if weights is None else weights_of(weights, gram)
     _check_values(gram)
-    if x is None and not overwrite_gram:
+    if x is None and not overwrite_gram and isinstance(gram, Tensor):
         gram = gram.clone()
     backend = ops.resolve(backend, gram.device)
     joins = ops.ward(gram, n_clusters, weights=weights, backend=backend)
@@ -116,12 +117,14 @@ def cluster(
     )
 
 
-def _check_values(gram: Tensor) -> None:
+def _check_values(gram: Tensor | ops.GramFile) -> None:
+    if isinstance(gram, ops.GramFile):
+        gram.check_complete()
     diagonal = gram.diagonal()
     if not bool((diagonal >= 0).all()) or not bool((diagonal < ops.LARGEST_SQUARED_NORM).all()):
         raise ValueError(
             f"gram: expected squared norms in [0, {ops.LARGEST_SQUARED_NORM:g}) on the diagonal, got "
             f"{float(diagonal.min()):g} to {float(diagonal.max()):g}; scale the features"
         )
-    if ops.first_nonfinite(gram) is not None:
+    if not (gram.finite if isinstance(gram, ops.GramFile) else ops.first_nonfinite(gram) is None):
         raise ValueError("gram: expected finite values off the diagonal too")

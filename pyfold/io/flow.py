@@ -1,7 +1,6 @@
 """Work beside the work: what is needed next is read ahead of it, what it has made is written behind it, in order, in bounds.
 
-A thread each. Bounds are bytes: of what has been read and not taken, and of what has been put and not written. With no room at
-all each waits for the other, and nothing is held twice.
+A thread each. Bounds are bytes: of what has been read and not taken, and of what has been put and not written.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ T = TypeVar("T")
 class _Stage:
     """A thread, what it shares under one condition, and the failure that ended it."""
 
-    def __init__(self, name: str, capacity: int) -> None:
-        self._capacity = capacity
+    def __init__(self, name: str) -> None:
         self._held = 0  # bytes
         self._changed = threading.Condition()
         self._stopped = False
@@ -45,11 +43,12 @@ class _Stage:
 
 
 class Ahead(_Stage, Generic[T]):
-    """Makes the ``reads``, in order, up to ``capacity`` bytes before they are taken."""
+    """Makes the ``reads``, in order, up to ``capacity`` bytes ahead; one that is waited for is made whatever its size."""
 
     def __init__(self, reads: Iterable[tuple[int, Callable[[], T]]], capacity: int) -> None:
         """``reads``: (bytes of the result, what returns it)."""
-        super().__init__("reader", capacity)
+        super().__init__("reader")
+        self._capacity = capacity
         self._reads = reads
         self._results: deque[tuple[int, T]] = deque()
         self._waiting = False
@@ -96,8 +95,8 @@ class Ahead(_Stage, Generic[T]):
 class Behind(_Stage):
     """Carries out what is ``put``, in order; on a normal exit all of it has been, and on another the rest is dropped."""
 
-    def __init__(self, capacity: int) -> None:
-        super().__init__("writer", capacity)
+    def __init__(self) -> None:
+        super().__init__("writer")
         self._actions: deque[tuple[int, Callable[[], Any]]] = deque()
 
     def __enter__(self) -> Behind:
@@ -115,14 +114,18 @@ class Behind(_Stage):
             raise self._failure
 
     def put(self, n_bytes: int, action: Callable[[], Any]) -> None:
-        """Have ``action`` done, and wait until no more than the capacity is left to do; raises what an earlier one raised."""
+        """Have ``action`` done, which holds so many bytes; raises what an earlier one raised."""
         with self._changed:
-            if not self._failure:
-                self._actions.append((n_bytes, action))
-                self._held += n_bytes
-                self._changed.notify_all()
-            del action
-            self._changed.wait_for(lambda: self._held <= self._capacity or self._stopped)
+            if self._failure:
+                raise self._failure
+            self._actions.append((n_bytes, action))
+            self._held += n_bytes
+            self._changed.notify_all()
+
+    def wait(self, n_bytes: int) -> None:
+        """Until actions that hold no more than so many bytes are left to do; raises what one raised."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._held <= n_bytes or self._stopped)
             if self._failure:
                 raise self._failure
 

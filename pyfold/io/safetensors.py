@@ -158,6 +158,16 @@ def read_bytes(file: int, path: Path, offset: int, buffer: memoryview) -> None:
         done += got
 
 
+def write_bytes(file: int, path: Path, offset: int, data: memoryview) -> None:
+    """Write all of ``data`` at ``offset`` of an open file."""
+    done = 0
+    try:
+        while done < len(data):
+            done += os.pwrite(file, data[done : done + _MAX_TRANSFER], offset + done)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from None
+
+
 class Reader:
     """Tensors of many files by position. Files are opened on first use; close() or a ``with`` block closes them."""
 
@@ -291,9 +301,4 @@ class Shard:
         os.close(self._file)
 
     def _write(self, data: memoryview, offset: int) -> None:
-        done = 0
-        try:
-            while done < len(data):
-                done += os.pwrite(self._file, data[done : done + _MAX_TRANSFER], offset + done)
-        except OSError as error:
-            raise OSError(error.errno, f"cannot write: {error.strerror}", str(self.path)) from None
+        write_bytes(self._file, self.path, offset, data)

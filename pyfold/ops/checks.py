@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pyfold.ops.gram_file import GramFile
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Ward's update multiplies fp32 costs by cluster weights: 4 N² times the largest squared norm must be representable.
@@ -54,16 +57,17 @@ def matrix(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected contiguous rows, got strides {x.stride()}; call .contiguous()")
 
 
-def gram(name: str, g: Tensor, n: int | None = None) -> None:
+def gram(name: str, g: Tensor, n: int | None = None, rows: int | None = None) -> None:
+    """A Gram matrix of n points, or its first rows."""
     if g.dtype != torch.float32:
         raise TypeError(f"{name}: expected float32, got {g.dtype}")
-    if g.dim() != 2 or g.shape[0] != g.shape[1] or g.shape[0] == 0 or (n is not None and g.shape[0] != n):
-        raise ValueError(f"{name}: expected shape ({n or 'N'}, {n or 'N'}), got {tuple(g.shape)}")
+    if g.dim() != 2 or g.numel() == 0 or tuple(g.shape) != (rows or n or g.shape[1], n or g.shape[1]):
+        raise ValueError(f"{name}: expected shape ({rows or n or 'N'}, {n or 'N'}), got {tuple(g.shape)}")
     if not g.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous matrix, got strides {g.stride()}")
 
 
-def same_device(name: str, tensor: Tensor, like: Tensor) -> None:
+def same_device(name: str, tensor: Tensor, like: Tensor | GramFile) -> None:
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {tensor.device}")
 
@@ -82,14 +86,14 @@ def result(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None
     return out
 
 
-def count(n_clusters: Any, n: int, what: str = "points") -> None:
-    if isinstance(n_clusters, bool) or not isinstance(n_clusters, Integral):
-        raise TypeError(f"n_clusters: expected an integer, got {n_clusters!r}")
-    if not 1 <= int(n_clusters) <= n:
-        raise ValueError(f"n_clusters: expected 1 to {n} (the number of {what}), got {n_clusters}")
+def count(given: Any, n: int, what: str = "points", name: str = "n_clusters") -> None:
+    if isinstance(given, bool) or not isinstance(given, Integral):
+        raise TypeError(f"{name}: expected an integer, got {given!r}")
+    if not 1 <= int(given) <= n:
+        raise ValueError(f"{name}: expected 1 to {n} (the number of {what}), got {given}")
 
 
-def labels(given: Tensor, n: int, n_clusters: int, like: Tensor) -> Tensor:
+def labels(given: Tensor, n: int, n_clusters: int, like: Tensor | GramFile) -> Tensor:
     """A partition of n points into n_clusters clusters, none of them empty; contiguous."""
     if given.dtype != torch.int64 or tuple(given.shape) != (n,):
         raise ValueError(f"labels: expected int64 of shape ({n},), got {given.dtype} of {tuple(given.shape)}")
@@ -104,7 +108,7 @@ def labels(given: Tensor, n: int, n_clusters: int, like: Tensor) -> Tensor:
     return given.contiguous()
 
 
-def weights(given: Tensor | None, like: Tensor, n: int | None = None) -> tuple[float, Tensor]:
+def weights(given: Tensor | None, like: Tensor | GramFile, n: int | None = None) -> tuple[float, Tensor]:
     """The largest weight, and the weights in units of it: no op depends on their scale, but fp32 products do."""
     n = n or like.shape[0]
     if given is None:

@@ -3,8 +3,13 @@ gives the same bits on any number of them."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pyfold.ops.gram_file import GramFile
 
 try:
     from pyfold import _C
@@ -36,16 +41,26 @@ class CpuBackend:
         problems = []
         for x, out in zip(xs, outs, strict=True):
             d, n = x.shape if transposed else x.shape[::-1]
-            problems.append((x.data_ptr(), _DTYPE[x.dtype], n, d, _row_stride(x), out.data_ptr()))
+            problems.append((x.data_ptr(), _DTYPE[x.dtype], n, len(out), d, _row_stride(x), out.data_ptr()))
         _C.gram(self.simd, problems, accumulate, transposed, torch.get_num_threads())
 
     def ward(self, grams: list[Tensor], n_clusters: list[int], weights: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        problems, joins = [], []
-        for g, k, w in zip(grams, n_clusters, weights, strict=True):
-            lo = torch.empty(len(g) - k, dtype=torch.int64, device="cpu")
-            joins.append((lo, torch.empty_like(lo), torch.empty(len(lo), dtype=torch.float64, device="cpu")))
-            problems.append((g.data_ptr(), len(g), k, w.data_ptr(), *(t.data_ptr() for t in joins[-1])))
+        joins = [_no_joins(len(g) - k) for g, k in zip(grams, n_clusters, strict=True)]
+        problems = [
+            (g.data_ptr(), len(g), k, w.data_ptr(), *(t.data_ptr() for t in made))
+            for g, k, w, made in zip(grams, n_clusters, weights, joins, strict=True)
+        ]
         _C.ward(self.simd, problems, torch.get_num_threads())
+        return joins
+
+    def ward_file(
+        self, grams: list[GramFile], n_clusters: list[int], weights: list[Tensor]
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        joins = [_no_joins(len(g) - k) for g, k in zip(grams, n_clusters, strict=True)]
+        for g, k, w, made in zip(grams, n_clusters, weights, joins, strict=True):
+            lo, hi, height = (t.data_ptr() for t in made)
+            with g.scratch() as rows:
+                _C.ward_file(self.simd, _file(g), rows.fileno(), k, w.data_ptr(), lo, hi, height, torch.get_num_threads())
         return joins
 
     def lloyd(
@@ -70,6 +85,17 @@ class CpuBackend:
         return [
             (moved, torch.tensor(gain, dtype=torch.float64, device="cpu")) for moved, gain in zip(refined, gains, strict=True)
         ]
+
+    def hartigan_file(
+        self, grams: list[GramFile], labels: list[Tensor], n_clusters: list[int], weights: list[Tensor], max_moves: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        refined = []
+        for g, given, k, w in zip(grams, labels, n_clusters, weights, strict=True):
+            moved = given.clone()
+            threads = torch.get_num_threads()
+            gains = _C.hartigan_file(self.simd, _file(g), k, moved.data_ptr(), w.data_ptr(), max_moves, threads)
+            refined.append((moved, torch.tensor(gains, dtype=torch.float64, device="cpu")))
+        return refined
 
     def assign(self, xs: list[Tensor], centroids: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         problems, nearest = [], []
@@ -128,6 +154,23 @@ class CpuBackend:
     def first_nonfinite(self, x: Tensor) -> int | None:
         index = _C.first_nonfinite(self.simd, x.data_ptr(), _DTYPE[x.dtype], x.numel(), torch.get_num_threads())
         return None if index < 0 else index
+
+
+def gather(gram: GramFile, rows: Tensor, columns: Tensor) -> Tensor:
+    """(len(rows), len(columns)) entries of a matrix in a file; columns ascending."""
+    out = torch.empty((len(rows), len(columns)), dtype=torch.float32, device="cpu")
+    rows, columns = rows.contiguous(), columns.contiguous()
+    _C.gather_file(_file(gram), rows.data_ptr(), len(rows), columns.data_ptr(), len(columns), out.data_ptr())
+    return out
+
+
+def _file(gram: GramFile) -> tuple[int, int, str, int, int]:
+    return gram.fileno(), gram.row_bytes, str(gram.folder), gram.n, gram.diagonal().data_ptr()
+
+
+def _no_joins(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    lo = torch.empty(count, dtype=torch.int64, device="cpu")
+    return lo, torch.empty_like(lo), torch.empty(count, dtype=torch.float64, device="cpu")
 
 
 def _row_stride(x: Tensor) -> int:

@@ -15,6 +15,7 @@ from itertools import accumulate as running_sums
 import torch
 from torch import Tensor
 
+from pyfold.errors import PyfoldError
 from pyfold.ops import reference
 
 try:
@@ -48,6 +49,8 @@ def gram(xs: list[Tensor], outs: list[Tensor], accumulate: bool, transposed: boo
     problems of one shape, which become one batched product, a copy of them.
     """
     rows = [x.T if transposed else x for x in xs]
+    if any(len(out) < len(x) for x, out in zip(rows, outs, strict=True)):
+        raise PyfoldError("backend 'cuda' cannot compute only some rows of a Gram matrix; use reference")
     with _stream_of(outs[0]) as stream, _full_precision():
         if len(rows) > 1 and len({(x.shape, x.dtype) for x in rows}) == 1 and len(rows[0]) <= _PANEL:
             products = _matmul(torch.bmm, torch.stack(rows), torch.stack(rows).mT).unbind()

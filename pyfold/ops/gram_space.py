@@ -1,17 +1,21 @@
 """Clustering through the Gram matrix: features -> G, then Ward, Lloyd and Hartigan on G alone.
 
-One problem, or a list of problems of any sizes, which the backends solve together.
+One problem, or a list of problems of any sizes, which the backends solve together; or one whose G lies in a file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, overload
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from pyfold.ops import checks, registry
+from pyfold.errors import PyfoldError
+from pyfold.ops import checks, cpu, registry
+from pyfold.ops.gram_file import GramFile
+
+_BLOCK = 2**20  # entries of G in hand for the inertia
 
 
 class Joins(NamedTuple):
@@ -24,12 +28,19 @@ class Joins(NamedTuple):
 
 @overload
 def gram(
-    x: Tensor, *, out: Tensor | None = ..., accumulate: bool = ..., transposed: bool = ..., backend: str = ...
+    x: Tensor,
+    *,
+    rows: int | None = ...,
+    out: Tensor | None = ...,
+    accumulate: bool = ...,
+    transposed: bool = ...,
+    backend: str = ...,
 ) -> Tensor: ...
 @overload
 def gram(
     x: Sequence[Tensor],
     *,
+    rows: int | Sequence[int] | None = ...,
     out: Sequence[Tensor] | None = ...,
     accumulate: bool = ...,
     transposed: bool = ...,
@@ -38,6 +49,7 @@ def gram(
 def gram(
     x: Tensor | Sequence[Tensor],
     *,
+    rows: int | Sequence[int] | None = None,
     out: Tensor | Sequence[Tensor] | None = None,
     accumulate: bool = False,
     transposed: bool = False,
@@ -49,8 +61,11 @@ def gram(
     ----------
     x : Tensor, (N, D) or, if ``transposed``, (D, N); or a list of such
         float32, float16 or bfloat16; contiguous rows. Low-precision products are exact; sums are fp32 (reference: fp64).
-    out : Tensor, (N, N), float32, optional; one for each problem
-        Written in place. Both triangles are valid afterwards.
+    rows : int, or one for each problem, optional
+        R: only the first R rows of G, all N by default. Each entry has the bits it has in the whole of G, so that of
+        ``x[i:]`` they are a strip of it, from the diagonal to the right (``cpu`` and ``reference``).
+    out : Tensor, (R, N), float32, optional; one for each problem
+        Written in place. Both triangles of its first R columns are valid afterwards.
     accumulate : bool
         Add to ``out`` instead of replacing it. On ``cpu`` the sum runs over panels of 512 columns in order, so feeding a
         matrix in pieces of a multiple of 512 columns gives the same bits as feeding it whole.
@@ -58,7 +73,7 @@ def gram(
 
     Returns
     -------
-    Tensor, (N, N), float32; a list for a list
+    Tensor, (R, N), float32; a list for a list
 
     Raises
     ------
@@ -67,15 +82,18 @@ def gram(
     """
     xs, single = checks.problems("x", x)
     outs = checks.per_problem("out", out, len(xs), single)
-    for i, (problem, given) in enumerate(zip(xs, outs, strict=True)):
+    heights = checks.per_problem("rows", rows, len(xs), single)
+    for i, (problem, height, given) in enumerate(zip(xs, heights, outs, strict=True)):
         checks.matrix("x", problem)
         n = problem.shape[1] if transposed else problem.shape[0]
+        if height is not None:
+            checks.count(height, n, name="rows")
         if given is None:
             if accumulate:
                 raise ValueError("gram: accumulate=True needs out=, the matrix to add to")
-            outs[i] = torch.empty((n, n), dtype=torch.float32, device=problem.device)
+            outs[i] = torch.empty((height or n, n), dtype=torch.float32, device=problem.device)
             continue
-        checks.gram("out", given, n)
+        checks.gram("out", given, n, height)
         checks.same_device("out", given, problem)
         if given.untyped_storage().data_ptr() == problem.untyped_storage().data_ptr():
             raise ValueError("out: expected memory of its own, got that of x")
@@ -84,7 +102,7 @@ def gram(
 
 
 @overload
-def ward(gram: Tensor, n_clusters: int, *, weights: Tensor | None = ..., backend: str = ...) -> Joins: ...
+def ward(gram: Tensor | GramFile, n_clusters: int, *, weights: Tensor | None = ..., backend: str = ...) -> Joins: ...
 @overload
 def ward(
     gram: Sequence[Tensor],
@@ -94,7 +112,7 @@ def ward(
     backend: str = ...,
 ) -> list[Joins]: ...
 def ward(
-    gram: Tensor | Sequence[Tensor],
+    gram: Tensor | GramFile | Sequence[Tensor],
     n_clusters: int | Sequence[int],
     *,
     weights: Tensor | Sequence[Tensor] | None = None,
@@ -106,8 +124,8 @@ def ward(
 
     Parameters
     ----------
-    gram : Tensor, (N, N), float32; or a list of such
-        Symmetric. Its lower triangle is scratch during the call and equals the upper one again afterwards.
+    gram : Tensor, (N, N), float32; a list of such; or GramFile
+        Symmetric. Its lower triangle is scratch during the call and equals the upper one again afterwards; a file is only read.
     n_clusters : int, or one for each problem
         K, 1 <= K <= N.
     weights : Tensor, (N,), float64, optional
@@ -119,7 +137,7 @@ def ward(
         N - K joins in non-decreasing height (up to fp32 rounding).
     """
     grams, counts, units, ws, single = _gram_problems(gram, n_clusters, weights)
-    found = registry.call("ward", backend, grams[0].device)(grams, counts, ws)
+    found = _op("ward", backend, grams[0])(grams, counts, ws)
     joins = [Joins(lo, hi, height * unit) for (lo, hi, height), unit in zip(found, units, strict=True)]
     return joins[0] if single else joins
 
@@ -173,7 +191,7 @@ def lloyd(
 
 @overload
 def hartigan(
-    gram: Tensor,
+    gram: Tensor | GramFile,
     labels: Tensor,
     n_clusters: int,
     *,
@@ -192,7 +210,7 @@ def hartigan(
     backend: str = ...,
 ) -> list[tuple[Tensor, Tensor]]: ...
 def hartigan(
-    gram: Tensor | Sequence[Tensor],
+    gram: Tensor | GramFile | Sequence[Tensor],
     labels: Tensor | Sequence[Tensor],
     n_clusters: int | Sequence[int],
     *,
@@ -204,7 +222,7 @@ def hartigan(
 
     Parameters
     ----------
-    gram : Tensor, (N, N), float32; or a list of such
+    gram : Tensor, (N, N), float32; a list of such; or GramFile
     labels : Tensor, (N,), int64
         In [0, K), every cluster non-empty. Not modified.
     n_clusters : int, or one for each problem
@@ -221,12 +239,12 @@ def hartigan(
     grams, counts, units, ws, single = _gram_problems(gram, n_clusters, weights)
     given = _labels(labels, grams, counts, single)
     limit = torch.iinfo(torch.int64).max if max_moves is None else max_moves
-    found = registry.call("hartigan", backend, grams[0].device)(grams, given, counts, ws, limit)
+    found = _op("hartigan", backend, grams[0])(grams, given, counts, ws, limit)
     refined = [(moved, gains * unit) for (moved, gains), unit in zip(found, units, strict=True)]
     return refined[0] if single else refined
 
 
-def inertia(gram: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None = None) -> float:
+def inertia(gram: Tensor | GramFile, labels: Tensor, n_clusters: int, weights: Tensor | None = None) -> float:
     """Within-cluster sum of squares of a partition, from the Gram matrix, in fp64.
 
     ``Σ w_i G_ii − Σ_c T_c / W_c`` with ``T_c = Σ_{i,j∈c} w_i w_j G_ij``.
@@ -234,29 +252,54 @@ def inertia(gram: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | Non
     unit, w = checks.weights(weights, gram)
     order = torch.argsort(labels, stable=True)
     total = float((w * gram.diagonal().double()).sum())
-    # Clusters of equal size go together, as (clusters, size, size) blocks of G.
+    # Clusters of equal size go together, as (clusters, size, size) blocks of G; large ones by some of their rows.
     sizes = torch.bincount(labels, minlength=n_clusters)
     starts = torch.cumsum(sizes, 0) - sizes
     for size in torch.unique(sizes[sizes > 0]).tolist():
         of_size = starts[sizes == size]
-        for chunk in of_size.split(max(1, 2**20 // size**2)):
+        for chunk in of_size.split(max(1, _BLOCK // size**2)):
             members = order[chunk[:, None] + torch.arange(size, device=order.device)]
-            block = gram[members[:, :, None], members[:, None, :]].double()
-            member_weights = w[members]
-            mass = torch.einsum("ci,cij,cj->c", member_weights, block, member_weights)
-            total -= float((mass / member_weights.sum(1)).sum())
+            mass = torch.zeros(len(chunk), dtype=torch.float64, device=order.device)
+            for rows in members.split(max(1, _BLOCK // size), dim=1):
+                mass += torch.einsum("ci,cij,cj->c", w[rows], _block(gram, rows, members).double(), w[members])
+            total -= float((mass / w[members].sum(1)).sum())
     return max(total, 0.0) * unit
 
 
+def _block(gram: Tensor | GramFile, rows: Tensor, columns: Tensor) -> Tensor:
+    """(clusters, rows, columns) of G."""
+    if isinstance(gram, GramFile):
+        return torch.stack([cpu.gather(gram, *places) for places in zip(rows, columns, strict=True)])
+    return gram[rows[:, :, None], columns[:, None, :]]
+
+
+def _op(op: str, backend: str, gram: Tensor | GramFile) -> Callable[..., Any]:
+    """The implementation of an op for G in memory or in a file."""
+    if not isinstance(gram, GramFile):
+        return registry.call(op, backend, gram.device)
+    name = registry.resolve("cpu" if backend == "auto" else backend)
+    if not name.startswith("cpu"):
+        raise PyfoldError(f"backend '{name}' cannot run {op} on a Gram matrix in a file; use auto or cpu")
+    return registry.call(f"{op}_file", name, gram.device)
+
+
 def _gram_problems(
-    gram: Tensor | Sequence[Tensor], n_clusters: int | Sequence[int], weights: Tensor | Sequence[Tensor] | None
-) -> tuple[list[Tensor], list[int], list[float], list[Tensor], bool]:
+    gram: Tensor | GramFile | Sequence[Tensor],
+    n_clusters: int | Sequence[int],
+    weights: Tensor | Sequence[Tensor] | None,
+) -> tuple[list[Any], list[int], list[float], list[Tensor], bool]:
     """Checked: the Gram matrices, the cluster counts, the units of the weights, the weights, and whether it is one problem."""
-    grams, single = checks.problems("gram", gram)
+    grams: list[Any]
+    if isinstance(gram, GramFile):
+        gram.check_complete()
+        grams, single = [gram], True
+    else:
+        grams, single = checks.problems("gram", gram)
     counts = checks.per_problem("n_clusters", n_clusters, len(grams), single)
     units, ws = [], []
     for g, k, w in zip(grams, counts, checks.per_problem("weights", weights, len(grams), single), strict=True):
-        checks.gram("gram", g)
+        if isinstance(g, Tensor):
+            checks.gram("gram", g)
         checks.count(k, g.shape[0])
         unit, scaled = checks.weights(w, g)
         units.append(unit)

@@ -33,7 +33,7 @@ def _each(n_lists: int) -> Callable[[Callable[..., Any]], Callable[..., list[Any
 @_each(2)
 def gram(x: Tensor, out: Tensor, accumulate: bool, transposed: bool) -> None:
     rows = (x.T if transposed else x).double()
-    product = rows @ rows.T
+    product = rows[: len(out)] @ rows.T
     out.copy_(out.double() + product if accumulate else product)
 
 
