@@ -11,7 +11,8 @@ namespace pyfold {
 namespace PYFOLD_SIMD {
 namespace {
 
-// Several panels are packed at once, and a cache tile of G visited once for all of them; as many as fit these bytes.
+// Several panels are packed at once, and a cache tile of G visited once for all of them; as many as fit these bytes, and
+// kPanel columns at least.
 constexpr int64_t kPackedBytes = int64_t{40} << 20;
 
 inline Form form_of(DType dtype) { return dtype == DType::bf16 ? Form::bf16 : dtype == DType::f16 ? Form::fp16 : Form::fp32; }
@@ -24,8 +25,8 @@ inline int64_t panel_floats(int64_t n, int64_t n_rows, Form form) {
 }
 
 inline int64_t panels_at_once(int64_t n, int64_t n_rows, int64_t d, Form form) {
-    const int64_t fit = kPackedBytes / (4 * panel_floats(n, n_rows, form)), most = fit < 1 ? 1 : fit;
-    return min_of(most, panels_of(form, d));
+    const int64_t fit = kPackedBytes / (4 * panel_floats(n, n_rows, form)), least = kPanel / panel_of(form);
+    return min_of(fit < least ? least : fit, panels_of(form, d));
 }
 
 // rows x kBlock products to G at (i, j), clipped to its n_rows x N.
