@@ -1,4 +1,4 @@
-"""A LLaMA-7B checkpoint folded by the command line, against the sum of its parts and a copy of the same bytes.
+"""A LLaMA-7B checkpoint folded by the command line, against its plan, the sum of its parts and a copy of the same bytes.
 
 Run by hand: ``pytest bench/bench_stream.py [--scale small] [--layers N] [--cache DIR]``. Makes the checkpoint in the cache (for
 7B 13.5 GB, kept for the next run; the result is 11 GB more, removed). Fold and copy start with the source evicted from the page
@@ -12,18 +12,17 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import child
 import pytest
 import torch
-from conftest import Report
+from conftest import Report, evict
+from folds import fold
 
 from pyfold import ops
 from pyfold.clustering import labels_of
@@ -33,22 +32,23 @@ from pyfold.io.safetensors import Reader
 from pyfold.plan import target_width
 
 COPIES = 2  # one can take four times the other on a disk shared with strangers
-MAKE = Path(__file__).with_name("make_checkpoint.py")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """make_checkpoint.py's preset and layers; share of the units to remove; rounds of a part, of which the best counts."""
+    """make_checkpoint.py's preset and layers; share of the units to remove; rounds of a part, of which the best counts; memory
+    to fold in, of which the first is held against the parts."""
 
     preset: str
     layers: int
     ratio: float
     rounds: int
+    memories: tuple[str, ...]
 
 
 SIZES = {
-    "full": Sizes("llama-7b", layers=32, ratio=0.2, rounds=3),
-    "small": Sizes("small", layers=8, ratio=0.2, rounds=3),
+    "full": Sizes("llama-7b", layers=32, ratio=0.2, rounds=3, memories=("2GiB", "1GiB")),
+    "small": Sizes("small", layers=8, ratio=0.2, rounds=3, memories=("2GiB", "330MiB")),
 }
 
 
@@ -58,21 +58,6 @@ class Moved(NamedTuple):
     seconds: float
     read: int
     written: int
-
-
-@pytest.fixture(scope="module")
-def source(report: Report, request: pytest.FixtureRequest) -> Path:
-    """The checkpoint, made once and kept; where it is made, what that took becomes a note."""
-    if layers := request.config.getoption("--layers"):
-        report.sizes = replace(report.sizes, layers=layers)
-    sizes = report.sizes
-    folder = Path(request.config.getoption("--cache")) / f"{sizes.preset}-{sizes.layers}-layers"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = child.run([sys.executable, MAKE, "--preset", sizes.preset, "--layers", sizes.layers, folder])
-        assert made.returncode == 0
-        report.notes.append(f"Checkpoint made in {made.seconds:.0f} s, peak memory {made.peak_rss / 2**20:.0f} MiB.")
-    return folder
 
 
 @pytest.fixture
@@ -90,14 +75,15 @@ def test_stream(report: Report, source: Path, scratch: Path) -> None:
     checkpoint = open_checkpoint(source)
     files = sorted({info.path for info in checkpoint.tensors.values()})
     source_bytes = sum(file.stat().st_size for file in files)
-    _evict(files)
-    fold = child.run([sys.executable, "-m", "pyfold", "fold", source, scratch / "folded", "--ratio", sizes.ratio, "--quiet"])
-    assert fold.returncode == 0
-    result_bytes = sum(file.stat().st_size for file in (scratch / "folded").iterdir())
-    shutil.rmtree(scratch / "folded")
+    folds = {memory: fold(source, scratch / "folded", sizes.ratio, memory) for memory in sizes.memories}
+    assert len({tuple(folded.sha256.items()) for folded in folds.values()}) == 1, "the same bytes in any memory"
+    for memory, folded in folds.items():
+        report.tables[f"pyfold fold --host-memory {memory}"] = folded.rows(f"< {memory}")
+    main = folds[sizes.memories[0]]
+    result_bytes = main.n_bytes
     copies = []
     for _ in range(COPIES):
-        _evict(files)
+        evict(files)
         copies.append(_copy(files, scratch / "copy", result_bytes))
         (scratch / "copy").unlink()
     copy = min(copies)
@@ -114,32 +100,18 @@ def test_stream(report: Report, source: Path, scratch: Path) -> None:
         {"part": "sum", "one layer s": None, "all s": whole, "share": 1.0},
         {"part": "torch.mm, full fp32 product", "one layer s": torch_mm / sizes.layers, "all s": torch_mm},
     ]
-    measured = {
-        "seconds": (fold.seconds, None),
-        "seconds / sum of the parts": (fold.seconds / whole, "<= 1.15"),
-        "seconds / torch.mm of all layers": (fold.seconds / torch_mm, "<= 0.85"),
-        "peak memory GiB": (fold.peak_rss / 2**30, "< 2"),
-        "GB read from the disk": (fold.read / 1e9, None),
-        "GB read from the disk by the copy": (copy.read / 1e9, None),
-        "GB written": (fold.written / 1e9, None),
-        "GB written by the copy": (copy.written / 1e9, None),
-    }
-    report.tables["pyfold fold"] = [
-        {"measured": name, "value": value, "asked": asked if sizes.preset == "llama-7b" else None}
-        for name, (value, asked) in measured.items()
+    seconds = main.usage.seconds
+    asked = sizes.preset == "llama-7b"
+    report.tables["seconds"] = [
+        {"measured": "/ sum of the parts", "value": seconds / whole, "asked": "<= 1.15" if asked else None},
+        {"measured": "/ torch.mm of all layers", "value": seconds / torch_mm, "asked": "<= 0.85" if asked else None},
+        {"measured": "GB read from the disk by the copy", "value": copy.read / 1e9, "asked": None},
+        {"measured": "GB written by the copy", "value": copy.written / 1e9, "asked": None},
     ]
     report.notes += [
         f"Source {source_bytes:,} bytes, result {result_bytes:,} bytes.",
         f"Copies, of which the best counts: {', '.join(f'{copy.seconds:.1f}' for copy in copies)} s.",
     ]
-
-
-def _evict(files: Iterable[Path]) -> None:
-    """Out of the page cache: dirty pages would stay."""
-    for path in files:
-        with _opened(path, os.O_RDONLY) as file:
-            os.fsync(file)
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _copy(sources: list[Path], target: Path, n_bytes: int) -> Moved:

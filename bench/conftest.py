@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import child
 import pytest
 from report import Row, machine, table, write
 from rows import KINDS, make_rows
@@ -30,14 +35,15 @@ class Problem:
     x: Tensor
 
 
+MAKE = Path(__file__).with_name("make_checkpoint.py")
 REPORTS = pytest.StashKey[list[Report]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--scale", choices=("small", "full"), default="full", help="small: seconds, to see that it works")
-    group.addoption("--cache", default=".cache", metavar="DIR", help="bench_stream: where checkpoints are made and kept")
-    group.addoption("--layers", type=int, metavar="N", help="bench_stream: a checkpoint of N layers; its JSON is not written")
+    group.addoption("--cache", default=".cache", metavar="DIR", help="stream, reader: where checkpoints are made and kept")
+    group.addoption("--layers", type=int, metavar="N", help="stream, reader: a checkpoint of N layers; its JSON is not written")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -66,6 +72,29 @@ def problem(request: pytest.FixtureRequest, report: Report) -> Problem:
     kind, kept = request.param
     n_clusters = report.sizes.n_clusters[kept]
     return Problem(kind, n_clusters, make_rows(kind, report.sizes.n, report.sizes.d, n_clusters))
+
+
+@pytest.fixture(scope="module")
+def source(report: Report, request: pytest.FixtureRequest) -> Path:
+    """The checkpoint, made once and kept; where it is made, what that took becomes a note."""
+    if layers := request.config.getoption("--layers"):
+        report.sizes = replace(report.sizes, layers=layers)
+    sizes = report.sizes
+    folder = Path(request.config.getoption("--cache")) / f"{sizes.preset}-{sizes.layers}-layers"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = child.run([sys.executable, MAKE, "--preset", sizes.preset, "--layers", sizes.layers, folder])
+        assert made.returncode == 0
+        report.notes.append(f"Checkpoint made in {made.seconds:.0f} s, peak memory {made.peak_rss / 2**20:.0f} MiB.")
+    return folder
+
+
+def evict(files: Iterable[Path]) -> None:
+    """Out of the page cache: dirty pages would stay."""
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def pytest_terminal_summary(

@@ -1,6 +1,6 @@
 """A preset's name -> a LLaMA checkpoint of exact shapes (config.json, safetensors shards of 5 GB, index) of random weights.
 
-    python bench/make_checkpoint.py --preset llama-7b|llama-13b|llama-70b-1layer|small|tiny DIR
+    python bench/make_checkpoint.py --preset llama-7b|llama-13b|llama-70b-1layer|llama-405b-1layer|small|tiny DIR
 
 The features of a feed-forward unit (its gate row, up row and down column) are rows of ``rows.py``: by default with the norms
 and the spectrum of SmolLM2's, i.i.d. Gaussian or planted near-duplicates on request. No row is used twice. A block of units is
@@ -111,6 +111,7 @@ PRESETS = {
     "llama-7b": Preset(4096, 11008, 32, 32, 32),
     "llama-13b": Preset(5120, 13824, 40, 40, 40),
     "llama-70b-1layer": Preset(8192, 28672, 1, 64, 8),
+    "llama-405b-1layer": Preset(16384, 53248, 1, 128, 8, vocab_size=8000),  # of its 128,256 tokens
     "small": Preset(1024, 2752, 8, 8, 8, vocab_size=8000),  # a quarter of llama-7b each way
     "tiny": Preset(64, 172, 2, 4, 2, vocab_size=256),
 }

@@ -1,14 +1,16 @@
 """How much memory a fold takes, before a weight is read, and how a group is cut so that it takes no more than it may.
 
 A group in hand is its Gram matrix, its weights, and what the kernels work in. Weights that do not fit beside the rest are read
-in pieces of their features, once for the Gram matrix and once for merging, and the result is the same to the bit.
+in pieces of their features, once for the Gram matrix and once for merging. A Gram matrix that does not fit is computed in
+strips of its rows, for each of which the weights are read, and kept in a file. The result is the same to the bit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
+from pyfold import ops
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
 from pyfold.io.checkpoint import Checkpoint
@@ -21,6 +23,9 @@ _PACKED = 40 << 20  # of panels packed by the Gram kernel, unless one panel is m
 _PACKED_ITEM = 8  # bytes of a packed number at most: fp16 on AMX, two operands of two bf16 parts
 _CLUSTERING = 3200  # bytes per unit that Ward, Hartigan and their results take beside G (measured: 3100)
 _COPYING = 3 * PIECE  # a piece as read, as converted, and as it is being read
+_TURNED = 1 << 22  # of a strip on its way to the file
+_SPILLED_PIECE = 4 * PANEL  # features at most, where G is in a file: more would make the strips lower
+_STRIP_ROWS = 2048  # lower strips are worse than smaller pieces
 _SLACK = 24 << 20  # stacks of threads, small tensors, what the allocator keeps
 
 
@@ -32,15 +37,21 @@ class GroupBudget:
     ----------
     features : int or None
         Of its weights in hand at once; None for whole weights, held from the Gram matrix to merging.
+    strip : int or None
+        Of the rows of G that are computed at once; None for all of G, in memory.
     nbytes : int
         Its peak, beside the process and what is read ahead.
     behind : int
         What the weights held and the results not yet written may take together.
+    spilled : int
+        Of disk, while G is in a file: G, and the rows that Ward joins.
     """
 
     features: int | None
+    strip: int | None
     nbytes: int
     behind: int
+    spilled: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,13 +64,20 @@ class Budget:
     behind: int
 
     @property
+    def spilled(self) -> int:
+        """Bytes of disk at most that Gram matrices take beside the result, while they are needed."""
+        return max((group.spilled for group in self.groups.values()), default=0)
+
+    @property
     def peak(self) -> int:
         """Bytes at most: VmHWM of the process."""
         return self.process + max([_COPYING + self.behind, *(group.nbytes for group in self.groups.values())]) + self.ahead
 
 
-def make_budget(checkpoint: Checkpoint, plan: Plan, host_memory: int, process: int) -> Budget:
+def make_budget(checkpoint: Checkpoint, plan: Plan, host_memory: int, process: int, *, spills: bool = True) -> Budget:
     """Cut every group so that the process stays below ``host_memory`` bytes, no finer than that takes.
+
+    With ``spills`` a Gram matrix may go to a file, which the backend must be able to cluster.
 
     What is left goes to reading ahead, then to writing behind: no more than the largest tensor read at once, and the largest
     group folded.
@@ -70,36 +88,55 @@ def make_budget(checkpoint: Checkpoint, plan: Plan, host_memory: int, process: i
         If a group does not fit however finely it is cut; names the least that would do.
     """
     room = host_memory - process
-    cuts: dict[str, int | None] = {}
-    for group, k in plan.groups:
-        finest = group_bytes(group, k, checkpoint, PANEL)
-        if finest > room:
-            raise _too_little(host_memory, finest + process, group)
-        most = max(checkpoint.tensors[name].n_parameters // group.width for name in group.tensors)
-        sizes = [None, *range(-(-most // PANEL) * PANEL, 0, -PANEL)]
-        cuts[group.name] = next(size for size in sizes if group_bytes(group, k, checkpoint, size) <= room)
-    if room < _COPYING:
-        raise _too_little(host_memory, _COPYING + process)
-    takes = {group.name: group_bytes(group, k, checkpoint, cuts[group.name]) for group, k in plan.groups}
+    leasts = {group.name: _least(group, k, checkpoint, spills) for group, k in plan.groups}
+    name = max(leasts, key=lambda name: leasts[name])
+    if room < max(leasts[name], _COPYING):
+        needs = max(leasts[name], _COPYING) + process
+        raise PyfoldError(
+            f"host_memory: {name} needs at least {needs / 2**20:.0f} MiB ({needs:,} bytes), got {host_memory / 2**20:.0f} MiB"
+        )
+    takes = {group.name: _cut(group, k, checkpoint, room) for group, k in plan.groups}
     pieces, results = [2 * PIECE], [2 * PIECE]
     for group, _ in plan.groups:
-        pieces += [_piece_bytes(checkpoint.tensors[name], group.width, cuts[group.name]) for name in group.tensors]
+        features = takes[group.name].features
+        pieces += [_piece_bytes(checkpoint.tensors[name], group.width, features) for name in group.tensors]
         results.append(sum(prod(plan.tensors[name][1]) * ITEM_SIZE[plan.tensors[name][0]] for name in group.tensors))
-    ahead = min(room - max([_COPYING, *takes.values()]), max(pieces))
-    behind = min(room - ahead - max([_COPYING, *(takes[name] for name, cut in cuts.items() if cut)]), max(results))
-    groups = {}
-    for group, _ in plan.groups:
-        name, cut = group.name, cuts[group.name]
-        whole = sum(checkpoint.tensors[member].nbytes for member in group.tensors)
-        groups[name] = GroupBudget(cut, takes[name] + behind, behind) if cut else GroupBudget(None, takes[name], whole)
+    ahead = min(room - max([_COPYING, *(cut.nbytes for cut in takes.values())]), max(pieces))
+    behind = min(room - ahead - max([_COPYING, *(cut.nbytes for cut in takes.values() if cut.features)]), max(results))
+    groups = {
+        name: replace(cut, nbytes=cut.nbytes + behind, behind=behind) if cut.features else cut for name, cut in takes.items()
+    }
     return Budget(process, groups, ahead, behind)
 
 
-def _too_little(host_memory: int, least: int, group: FoldGroup | None = None) -> PyfoldError:
-    needs = f"needs at least {least / 2**20:.0f} MiB ({least:,} bytes), got {host_memory / 2**20:.0f} MiB"
-    if group is None:
-        return PyfoldError(f"host_memory: {needs}")
-    return PyfoldError(f"host_memory: {group.name} {needs}; its Gram matrix alone takes {4 * group.width**2 / 2**20:.0f}")
+def _least(group: FoldGroup, k: int, checkpoint: Checkpoint, spills: bool) -> int:
+    """Bytes with which the group can be folded in some way."""
+    strips = [None, _row_of_tiles(group)] if spills else [None]
+    return min(group_bytes(group, k, checkpoint, features, strip) for features in (None, PANEL) for strip in strips)
+
+
+def _cut(group: FoldGroup, k: int, checkpoint: Checkpoint, room: int) -> GroupBudget:
+    """The best way to fold a group in so many bytes, which must do for one."""
+    n = group.width
+    whole = sum(checkpoint.tensors[name].nbytes for name in group.tensors)
+    most = max(checkpoint.tensors[name].n_parameters // n for name in group.tensors)
+    sizes = range(-(-most // PANEL) * PANEL, 0, -PANEL)
+    for features in (None, *sizes):
+        nbytes = group_bytes(group, k, checkpoint, features)
+        if nbytes <= room:
+            return GroupBudget(features, None, nbytes, whole if features is None else 0)
+    for features in (size for size in sizes if size <= _SPILLED_PIECE):
+        piece = max(_piece_bytes(checkpoint.tensors[name], n, features) for name in group.tensors)
+        left = room - group_bytes(group, k, checkpoint, features, _row_of_tiles(group))
+        strip = _row_of_tiles(group) + max(0, left - 2 * piece)  # one read ahead, one written behind
+        if strip >= min(n, _STRIP_ROWS) * 4 * n:
+            break
+    spilled = ops.GramFile.row_bytes_of(n) * (2 * n - k)
+    return GroupBudget(features, strip, group_bytes(group, k, checkpoint, features, strip), 0, spilled)
+
+
+def _row_of_tiles(group: FoldGroup) -> int:
+    return ops.LEAST_ROWS * 4 * group.width
 
 
 def _piece_bytes(info: TensorInfo, width: int, features: int | None) -> int:
@@ -107,20 +144,17 @@ def _piece_bytes(info: TensorInfo, width: int, features: int | None) -> int:
     return width * min(extent, features or extent) * ITEM_SIZE[info.dtype]
 
 
-def group_bytes(group: FoldGroup, k: int, checkpoint: Checkpoint, features: int | None) -> int:
-    """Peak of folding a group with so many features of a weight in hand."""
+def group_bytes(group: FoldGroup, k: int, checkpoint: Checkpoint, features: int | None, strip: int | None = None) -> int:
+    """Peak of folding a group with so many features of a weight in hand, and so many bytes of G, or all of it."""
     n = group.width
     whole, pieces, merged = 0, 0, 0
     for name in group.tensors:
         info = checkpoint.tensors[name]
         extent = prod(info.shape) // n
-        piece = n * min(extent, features or extent) * ITEM_SIZE[info.dtype]
         whole += info.nbytes
-        pieces = max(pieces, piece)
+        pieces = max(pieces, _piece_bytes(info, n, features))
         merged = max(merged, k * min(extent, features or extent) * 4)  # a result may be fp32
-    in_hand = whole if features is None else pieces
+    in_hand, kept = (whole, whole) if features is None else (pieces, 0)
     packed = max(_PACKED, _PACKED_ITEM * n * PANEL)
-    return (
-        max(4 * n * n + in_hand + packed, 4 * n * n + (whole if features is None else 0) + _CLUSTERING * n, in_hand + merged)
-        + _SLACK
-    )
+    gram, clustered = (4 * n * n, 4 * n * n) if strip is None else (strip + _TURNED, 0)
+    return max(gram + in_hand + packed, clustered + kept + _CLUSTERING * n, in_hand + merged) + _SLACK

@@ -47,12 +47,13 @@ class Rates:
 
 @dataclass(frozen=True)
 class GroupForecast:
-    """A group to be folded: features of its weights in hand at once (None: all), bytes of memory, seconds of computing."""
+    """A group to be folded: features of its weights and rows of G in hand at once (None: all), bytes, seconds of computing."""
 
     name: str
     width: int
     folded_width: int
     features: int | None
+    rows: int | None
     memory: int
     flops: float
     seconds: float
@@ -118,7 +119,8 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
         moved = sum(info.nbytes + prod(plan.tensors[info.name][1]) * ITEM_SIZE[plan.tensors[info.name][0]] for info in members)
         seconds = sum(flops[info.name] / rates.gram[info.dtype] for info in members)
         seconds += rates.clustering * entries + moved / _MEMORY
-        groups.append(GroupForecast(group.name, n, k, cut.features, cut.nbytes, sum(flops.values()), seconds))
+        rows = None if cut.strip is None else next(end - begin for begin, end in ops.strips(n, cut.strip))
+        groups.append(GroupForecast(group.name, n, k, cut.features, rows, cut.nbytes, sum(flops.values()), seconds))
     bytes_read = traffic(make_jobs(checkpoint, plan), budget)
     folded = {name for group, _ in plan.groups for name in group.tensors}
     others = sum(info.nbytes for name, info in checkpoint.tensors.items() if name not in folded)
@@ -140,7 +142,7 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
         bytes_read=bytes_read,
         bytes_written=plan.nbytes,
         disk_free=shutil.disk_usage(where).free,
-        disk_needed=plan.nbytes,
+        disk_needed=plan.nbytes + budget.spilled,
         seconds=max(computing, stages["reading and writing"]),
         computing=stages["computing"],
         reading_and_writing=stages["reading and writing"],

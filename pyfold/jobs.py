@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -151,7 +152,8 @@ def _reads(job: Job, budget: Budget) -> Iterator[_Read]:
             yield from _chunks(info)
         return
     cut = budget.groups[job.group.name]
-    yield from _gram_reads(job.group, job.tensors, cut)
+    for begin, _ in _strips(job.group, cut):
+        yield from _gram_reads(job.group, job.tensors, cut, begin)
     if cut.features:
         for info in job.tensors:
             yield from _merge_reads(job.group, info, cut)
@@ -164,12 +166,12 @@ def _chunks(info: TensorInfo) -> Iterator[_Read]:
         yield _Read(info, range(begin, min(begin + step, info.n_parameters)), range(1), 1, digest)
 
 
-def _gram_reads(group: FoldGroup, members: Iterable[TensorInfo], cut: GroupBudget) -> Iterator[_Read]:
-    """In the group's own order, which fixes the order of summation whatever the shard layout."""
+def _gram_reads(group: FoldGroup, members: Iterable[TensorInfo], cut: GroupBudget, begin: int) -> Iterator[_Read]:
+    """For the rows of G from unit ``begin`` on; in the group's own order, which fixes the order of summation."""
     for info in members:
-        if not _in_order(group, info, cut):
+        if begin == 0 and not _in_order(group, info, cut):
             yield _Read(info)
-        yield from _blocks(group, info, cut)
+        yield from _blocks(group, info, cut, begin)
 
 
 def _merge_reads(group: FoldGroup, info: TensorInfo, cut: GroupBudget) -> Iterator[_Read]:
@@ -178,13 +180,13 @@ def _merge_reads(group: FoldGroup, info: TensorInfo, cut: GroupBudget) -> Iterat
         yield _Read(info)
 
 
-def _blocks(group: FoldGroup, info: TensorInfo, cut: GroupBudget) -> Iterator[_Read]:
-    """A member, so many features at a time: rows of a consumer, columns of a producer."""
-    units, extent = range(group.width), info.n_parameters // group.width
+def _blocks(group: FoldGroup, info: TensorInfo, cut: GroupBudget, begin: int = 0) -> Iterator[_Read]:
+    """A member from unit ``begin`` on, so many features at a time: rows of a consumer, columns of a producer."""
+    units, extent = range(begin, group.width), info.n_parameters // group.width
     step, consumer = cut.features or extent, info.name in group.consumers
-    digest = hashlib.sha256() if _in_order(group, info, cut) else None
-    for begin in range(0, extent, step):
-        features = range(begin, min(begin + step, extent))
+    digest = hashlib.sha256() if begin == 0 and _in_order(group, info, cut) else None
+    for first in range(0, extent, step):
+        features = range(first, min(first + step, extent))
         rows, columns = (features, units) if consumer else (units, features)
         yield _Read(info, rows, columns, group.width if consumer else extent, digest)
 
@@ -192,6 +194,11 @@ def _blocks(group: FoldGroup, info: TensorInfo, cut: GroupBudget) -> Iterator[_R
 def _in_order(group: FoldGroup, info: TensorInfo, cut: GroupBudget) -> bool:
     """Whether the blocks of a member follow one another in its bytes."""
     return info.name in group.consumers or cut.features is None or cut.features >= info.n_parameters // group.width
+
+
+def _strips(group: FoldGroup, cut: GroupBudget) -> list[tuple[int, int]]:
+    """Rows of G that are computed together: all of it, where it is held in memory."""
+    return [(0, group.width)] if cut.strip is None else list(ops.strips(group.width, cut.strip))
 
 
 def _perform(reader: Reader, read: _Read, trace: Trace) -> _Piece:
@@ -319,26 +326,12 @@ def _fold(
     def room() -> int:
         return cut.behind - sum(values.nbytes for _, values in held.values())
 
-    largest = max(read.nbytes for read in _gram_reads(group, job.tensors, cut))
-    stages.wait(room() - largest)
-    gram = torch.empty((group.width, group.width), dtype=torch.float32)
-    accumulate = False
-    for read, values in stages.take(_gram_reads(group, job.tensors, cut), source):
-        name = read.info.name
-        with stages.trace("gram", tensor=name):
-            ops.gram(values, out=gram, accumulate=accumulate, transposed=name in group.consumers, backend=stages.backend)
-        accumulate = True
-        if cut.features is None:
-            held[name] = (read, values)
-        stages.advance(read.nbytes, group.name)
-        del values
-        stages.wait(room() - largest)
-    with stages.trace("cluster", group=group.name):
+    with _gram(job, group, cut, stages, source, held, room) as gram, stages.trace("cluster", group=group.name):
         try:
             clusters = cluster(gram=gram, n_clusters=k, overwrite_gram=True, backend=stages.backend)
         except ValueError as error:
             raise PyfoldError(f"{job.tensors[0].path}: {group.name} cannot be clustered: {error}") from None
-    del gram
+        del gram
 
     def merged(info: TensorInfo) -> Iterator[_Block]:
         consumer, to = info.name in group.consumers, stages.dtype(info.name)
@@ -367,3 +360,41 @@ def _fold(
         n_moves=clusters.n_moves,
         n_singletons=int((torch.bincount(clusters.labels) == 1).sum()),
     )
+
+
+@contextmanager
+def _gram(
+    job: Job,
+    group: FoldGroup,
+    cut: GroupBudget,
+    stages: _Stages,
+    source: dict[str, str],
+    held: dict[str, tuple[_Read, Tensor]],
+    room: Callable[[], int],
+) -> Iterator[Tensor | ops.GramFile]:
+    """The Gram matrix of a group, in memory or, strip by strip, in a file. Whole weights are ``held`` from here on."""
+    largest = max(read.nbytes for read in _gram_reads(group, job.tensors, cut, 0))
+    stages.wait(room() - largest)
+    with nullcontext() if cut.strip is None else ops.GramFile(stages.output.scratch(), group.width) as file:
+        for begin, end in _strips(group, cut):
+            strip = torch.empty((end - begin, group.width - begin), dtype=torch.float32)
+            accumulate = False
+            for read, values in stages.take(_gram_reads(group, job.tensors, cut, begin), source):
+                name = read.info.name
+                with stages.trace("gram", tensor=name):
+                    consumer = name in group.consumers
+                    ops.gram(
+                        values, rows=len(strip), out=strip, accumulate=accumulate, transposed=consumer, backend=stages.backend
+                    )
+                accumulate = True
+                if cut.features is None:
+                    held[name] = (read, values)
+                if begin == 0:
+                    stages.advance(read.nbytes, group.name)
+                del values
+                stages.wait(room() - largest)
+            if file:
+                with stages.trace("spill", rows=len(strip)):
+                    file.write(strip)
+                del strip
+        yield file or strip

@@ -120,9 +120,10 @@ def fold_checkpoint(
     sources = [checkpoint.path / "config.json", *{info.path for info in checkpoint.tensors.values()}, *checkpoint.companions()]
     stamps = _stamps(sources)
     identity = {"pyfold": __version__, "options": options, "backend": backend, "sources": stamps}
+    n_bytes = plan.nbytes + prepared.budget.spilled
     with (
         Trace(trace) as timeline,
-        Destination(Path(dst), sources, identity=identity, overwrite=overwrite, n_bytes=plan.nbytes) as stage,
+        Destination(Path(dst), sources, identity=identity, overwrite=overwrite, n_bytes=n_bytes) as stage,
     ):
         groups, source, result = _write_weights(prepared, stage, progress, timeline)
         for file in checkpoint.companions():
@@ -207,7 +208,9 @@ def prepare(
     backend = ops.resolve(backend)
     held = rss_bytes()
     limit = held + bytes_free(torch.device("cpu")) if host_memory is None else parse_size(host_memory, "host_memory")
-    return Prepared(checkpoint, family, plan, make_budget(checkpoint, plan, limit, held), backend, options)
+    return Prepared(
+        checkpoint, family, plan, make_budget(checkpoint, plan, limit, held, spills=backend.startswith("cpu")), backend, options
+    )
 
 
 def _write_weights(

@@ -149,17 +149,25 @@ def summary(report: FoldReport) -> str:
 
 def forecast_table(forecast: Forecast) -> str:
     """A forecast as a person reads it; neighbouring groups that take the same share a line."""
-    lines = [f"{'groups':<34}{'width':>7}{'folded':>8}{'features at once':>18}{'memory MiB':>12}{'GFLOP':>9}{'seconds':>9}"]
+    heads = {"groups": -34, "width": 7, "folded": 8, "weights": 18, "Gram matrix": 14, "MiB": 7, "GFLOP": 9, "seconds": 9}
     rows = [
-        (group.width, group.folded_width, group.features or "all", f"{group.memory / 2**20:.0f}", f"{group.flops / 1e9:.0f}",
-         f"{group.seconds:.2f}")
+        (
+            group.width,
+            group.folded_width,
+            f"{group.features} features" if group.features else "whole",
+            f"{group.rows} rows" if group.rows else "whole",
+            f"{group.memory / 2**20:.0f}",
+            f"{group.flops / 1e9:.0f}",
+            f"{group.seconds:.2f}",
+        )
         for group in forecast.groups
-    ]  # fmt: skip
-    for _, same in groupby(range(len(rows)), key=rows.__getitem__):
-        first, *others = same
-        names = forecast.groups[first].name + (f" to {forecast.groups[others[-1]].name}" if others else "")
-        width, folded, features, memory, flops, seconds = rows[first]
-        lines.append(f"{names:<34}{width:>7}{folded:>8}{features:>18}{memory:>12}{flops:>9}{seconds:>9}")
+    ]
+    lines = ["".join(f"{head:{'<' if width < 0 else '>'}{abs(width)}}" for head, width in heads.items())]
+    for row, same in groupby(range(len(rows)), key=rows.__getitem__):
+        first, *others = (forecast.groups[i].name for i in same)
+        names = f"{first} to {others[-1]}" if others else first
+        cells = zip(row, list(heads.values())[1:], strict=True)
+        lines.append(f"{names:<34}" + "".join(f"{cell:>{width}}" for cell, width in cells))
     mib = {what: getattr(forecast, what) / 2**20 for what in ("peak", "process", "ahead", "behind")}
     lines += [
         "",

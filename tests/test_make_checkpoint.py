@@ -42,7 +42,7 @@ def test_folds_and_loads(tmp_path: Path) -> None:
         assert logits(model, torch.arange(12)[None]).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["llama-7b", "llama-13b", "llama-70b-1layer", "small", "tiny"])
+@pytest.mark.parametrize("name", ["llama-7b", "llama-13b", "llama-70b-1layer", "llama-405b-1layer", "small", "tiny"])
 def test_names_and_shapes_are_those_of_transformers(make_checkpoint: ModuleType, name: str) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 

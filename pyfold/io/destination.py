@@ -28,8 +28,9 @@ LOCK = ".lock"
 JOURNAL = "journal"
 RESULT = "result"
 OLD = "replaced"
+SCRATCH = "scratch"
 TEMPORARY = ".tmp"
-_OWN = {LOCK, JOURNAL, RESULT, OLD}
+_OWN = {LOCK, JOURNAL, RESULT, OLD, SCRATCH}
 _LAST = (INDEX, "config.json")
 
 
@@ -80,7 +81,7 @@ class Destination:
         parent = next(folder for folder in self.partial.parents if folder.exists())
         free = shutil.disk_usage(parent).free
         if free < n_bytes - written:
-            raise OSError(errno.ENOSPC, f"the result needs {n_bytes - written:,} bytes and {free:,} are free", str(parent))
+            raise OSError(errno.ENOSPC, f"the fold needs {n_bytes - written:,} bytes and {free:,} are free", str(parent))
 
     def _check(self) -> None:
         path = self._given

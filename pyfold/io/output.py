@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from pyfold.errors import PyfoldError
-from pyfold.io.destination import sync_folder
+from pyfold.io.destination import SCRATCH, sync_folder
 from pyfold.io.safetensors import Shard, TensorInfo
 
 Layout = tuple[str, tuple[int, ...]]  # safetensors dtype, shape
@@ -43,6 +43,12 @@ class Output:
         if shard.complete:
             shard.sync()
             self._open.pop(self._shard_of[name]).close()
+
+    def scratch(self) -> Path:
+        """A folder for files without names."""
+        folder = self._folder.with_name(SCRATCH)
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def place(self, name: str) -> TensorInfo:
         """Where in the result a tensor is, some of which has been written."""

@@ -6,7 +6,7 @@ from :func:`pyfold.ops.backends`. The same inputs give bitwise the same outputs 
 
 from pyfold.ops.checks import FLOATS, LARGEST_SQUARED_NORM
 from pyfold.ops.direct import assign, update
-from pyfold.ops.gram_file import GramFile, strips
+from pyfold.ops.gram_file import LEAST_ROWS, GramFile, strips
 from pyfold.ops.gram_space import Joins, gram, hartigan, inertia, lloyd, ward
 from pyfold.ops.merging import first_nonfinite, merge_columns, merge_rows
 from pyfold.ops.registry import backends, resolve
@@ -14,6 +14,7 @@ from pyfold.ops.registry import backends, resolve
 __all__ = [
     "FLOATS",
     "LARGEST_SQUARED_NORM",
+    "LEAST_ROWS",
     "GramFile",
     "Joins",
     "assign",

@@ -47,7 +47,7 @@ class GramFile:
     def __init__(self, folder: str | Path, n: int) -> None:
         self.n = n
         self.folder = Path(folder)
-        self.row_bytes = -(-n // PAGE) * PAGE * 4  # from one row to the next
+        self.row_bytes = self.row_bytes_of(n)
         self.rows_written = 0
         self.finite = True
         self._diagonal = torch.empty(n, dtype=torch.float32)
@@ -72,6 +72,11 @@ class GramFile:
     def shape(self) -> tuple[int, int]:
         """(N, N)."""
         return self.n, self.n
+
+    @staticmethod
+    def row_bytes_of(n: int) -> int:
+        """From one row to the next: whole pages."""
+        return -(-n // PAGE) * PAGE * 4
 
     def fileno(self) -> int:
         """The open file."""
