@@ -20,7 +20,7 @@ from pyfold.plan import Plan
 PANEL = 512  # features: what the Gram kernels sum at a time, so that cutting between panels changes no bit
 PIECE = 1 << 24  # bytes of a tensor outside the groups that are in hand
 _PACKED = 40 << 20  # of panels packed by the Gram kernel, unless one panel is more
-_PACKED_ITEM = 6  # bytes of a packed number
+_PACKED_ITEM = 8  # bytes of a packed number at most: fp16 on AMX, two operands of two bf16 parts
 _CLUSTERING = 3200  # bytes per unit that Ward, Hartigan and their results take beside G (measured: 3100)
 _COPYING = 3 * PIECE  # a piece as read, as converted, and as it is being read
 _TURNED = 1 << 22  # of a strip on its way to the file

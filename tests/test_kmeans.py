@@ -408,7 +408,7 @@ def test_regime_model() -> None:
     assert taken.flops == 11008**2 * 12288
     taken, refused, why = choice(200_000, 128, 1024, None)
     assert (taken.regime, taken.init, taken.refine) == ("direct", "k-means++", "lloyd")
-    assert "160,722,124,288 bytes for G" in why
+    assert "160,926,924,288 bytes for G" in why
     assert taken.memory < gib
     assert choice(11008, 12288, 5504, "k-means++")[0].regime == "gram", "G costs as much as one pass, and there are many"
     assert choice(20_000, 16, 10, "random")[0].regime == "direct"

@@ -7,8 +7,9 @@ namespace pyfold {
 namespace PYFOLD_SIMD {
 namespace {
 
-// What packed points stand for: bf16 numbers where both operands hold nothing else, which may be faster; fp32 otherwise.
-enum class Form { fp32, bf16 };
+// What packed points stand for: fp16 or bf16 numbers where both operands hold nothing else, which may be faster or more
+// exact; fp32 otherwise.
+enum class Form { fp32, fp16, bf16 };
 
 }  // namespace
 }  // namespace PYFOLD_SIMD
@@ -26,7 +27,7 @@ namespace {
 
 inline int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
 
-inline int64_t panels_of(int64_t d) { return (d + kPanel - 1) / kPanel; }
+inline int64_t panels_of(Form form, int64_t d) { return (d + panel_of(form) - 1) / panel_of(form); }
 
 // Floats, to a multiple of a cache line.
 inline int64_t lines_of(int64_t floats) { return (floats + 15) / 16 * 16; }

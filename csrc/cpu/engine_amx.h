@@ -1,13 +1,17 @@
 // The product engine of AMX tiles: packed points x packed points -> blocks of inner products.
 //
-// fp32 (and fp16) points are multiplied as integers, exactly. Over a panel a point is x = v 2⁻ᵉ, with e such that the largest
-// |v| has 23 bits, and v = 2¹⁶ d0 + 2⁸ d1 + d2 in signed digits of 8 bits. The tiles multiply int8 and sum in int32:
+// fp32 points are multiplied as integers, exactly. Over a panel a point is x = v 2⁻ᵉ, with e such that the largest |v| has 23
+// bits, and v = 2¹⁶ d0 + 2⁸ d1 + d2 in signed digits of 8 bits. The tiles multiply int8 and sum in int32:
 //     Σ v w = 2³² Σ d0 d0' + 2²⁴ Σ (d0 d1' + d1 d0') + 2¹⁶ Σ (d0 d2' + d1 d1' + d2 d0') + 2⁸ Σ (d1 d2' + d2 d1') + Σ d2 d2'
 // The last sum is left out, at most 2⁻²¹ of |x| |y|; the others do not overflow within a panel. The rounding of x to v is at
 // most 2⁻²³ of the point's largest number, which matters where one number is above all others: then by up to √512 2⁻²³ |x| |y|,
-// ten times what it is otherwise; an FMA chain is mostly off by more. Integer sums have no order: x·y is y·x bit for bit, and
-// so (one form, one sum) it is for bf16 points, which the tiles multiply as they are and sum in fp32, pairs of columns at a
-// time.
+// ten times what it is otherwise; an FMA chain is mostly off by more.
+//
+// fp16 numbers have 11 bits and are, whatever stands beside them, the sum of two bf16 numbers. The tiles multiply bf16 exactly
+// and sum in fp32, pairs of columns at a time, four sums for a pair of points: x·y = x0·y0 + ((x0·y1 + x1·y0) + x1·y1).
+// bf16 points are multiplied as they are.
+//
+// x·y is y·x bit for bit: integer sums have no order, sums in fp32 have the same one, and the sum of x0·y1 and x1·y0 none.
 #pragma once
 
 #include <immintrin.h>
@@ -21,6 +25,9 @@ namespace {
 constexpr int64_t kBlock = 32;  // points: two tiles of 16
 constexpr int64_t kTile = 12;   // cache tile of 384 x 384 points: two operands of a panel take 1.2 MiB of L2
 constexpr bool kTwoForms = true;
+// Of fp32 points over a panel, in units of |x| |y|: (√512 + 2) 2⁻²³, for the rounding of both, which cannot both be at their
+// worst; 2⁻²¹; and three roundings of sums.
+constexpr float kProductError = 4e-6f;
 
 // A tile: 16 rows of 64 bytes, of the left operand a point each; the right operand's has its words transposed.
 constexpr int64_t kTileFloats = 256, kTilePoints = 16;
@@ -28,14 +35,17 @@ constexpr int64_t kDigits = 3;
 static_assert(kBlock == 2 * kTilePoints && kPanel % 64 == 0, "blocks and panels are whole tiles");
 static_assert((127 * 127 * 256 + 2 * 127 * 128) * kPanel < int64_t{1} << 31, "sums of a panel fit int32");
 
-// Steps of a panel, 64 bytes of a digit's or bf16's columns each.
-inline int64_t steps_of(Form form, int64_t width) { return form == Form::bf16 ? (width + 31) / 32 : (width + 63) / 64; }
+// Columns of a panel: fp16 points' tiles of 512 would leave L1 before they are read again, for 1.15 x the time.
+constexpr int64_t panel_of(Form form) { return form == Form::fp16 ? kPanel / 2 : kPanel; }
 
-// Packed floats of one block over one panel: [tile][step][digit], then for fp32 the points' exponents.
-inline int64_t tile_floats(Form form, int64_t width) {
-    return steps_of(form, width) * (form == Form::bf16 ? 1 : kDigits) * kTileFloats;
-}
-inline int64_t block_floats(Form form, int64_t width) { return 2 * tile_floats(form, width) + kBlock; }
+// Steps of a panel, 64 bytes of columns each, and the tiles of a step: digits, or bf16 parts.
+constexpr int64_t columns_of(Form form) { return form == Form::fp32 ? 64 : 32; }
+constexpr int64_t steps_of(Form form, int64_t width) { return (width + columns_of(form) - 1) / columns_of(form); }
+constexpr int64_t parts_of(Form form) { return form == Form::fp32 ? kDigits : form == Form::fp16 ? 2 : 1; }
+
+// Packed floats of one block over one panel: [tile][step][part], then for fp32 the points' exponents.
+constexpr int64_t tile_floats(Form form, int64_t width) { return steps_of(form, width) * parts_of(form) * kTileFloats; }
+constexpr int64_t block_floats(Form form, int64_t width) { return 2 * tile_floats(form, width) + kBlock; }
 inline int64_t buffer_floats() { return kBlock * kBlock; }
 
 // The compilers' tile loads do not say which memory they read.
@@ -88,6 +98,19 @@ inline void pack_bf16(const float* line, int64_t steps, float* rows) {
     }
 }
 
+// One line of fp16 numbers -> a point's bf16 parts, in every step's tiles.
+inline void pack_fp16(const float* line, int64_t steps, float* rows) {
+    for (int64_t step = 0; step < steps; step++, rows += 2 * kTileFloats)
+        for (int64_t k = 0; k < 16; k += 8, line += 16) {
+            const __m512 x = _mm512_loadu_ps(line);
+            const __m256i first = (__m256i)_mm512_cvtneps_pbh(x);
+            const __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(first), 16)));
+            memcpy(rows + k, &first, sizeof first);
+            const __m256i second = (__m256i)_mm512_cvtneps_pbh(rest);
+            memcpy(rows + kTileFloats + k, &second, sizeof second);
+        }
+}
+
 // One line -> a point's digits, in every step's tiles; returns its exponent, NaN where a number is not finite.
 inline float pack_digits(const float* line, int64_t steps, float* rows) {
     __m512i most = _mm512_setzero_si512();
@@ -123,10 +146,9 @@ inline float pack_digits(const float* line, int64_t steps, float* rows) {
 // other null); points past N and columns past the width as zeros.
 void pack(const void* x, DType dtype, Form form, int64_t n, int64_t ld, bool transposed, int64_t first, int64_t column,
           int64_t width, float* left, float* right, int64_t block) {
-    constexpr int64_t kTiles = 2 * kDigits * kPanel / 64 + 1;  // of a block, and its exponents
-    alignas(64) float lines[kBlock][kPanel], unasked[kTiles * kTileFloats];
+    alignas(64) float lines[kBlock][kPanel], unasked[block_floats(Form::fp32, kPanel)];  // the largest
     const int64_t points = min_of(kBlock, n - first), steps = steps_of(form, width), floats = tile_floats(form, width);
-    const int64_t padded = steps * (form == Form::bf16 ? 32 : 64);
+    const int64_t padded = steps * columns_of(form);
     float* rows = left ? left + block * block_floats(form, width) : unasked;
     float* exponents = rows + 2 * floats;
     if (transposed)
@@ -143,6 +165,8 @@ void pack(const void* x, DType dtype, Form form, int64_t n, int64_t ld, bool tra
         exponents[r] = 0;
         if (form == Form::bf16)
             pack_bf16(lines[r], steps, row);
+        else if (form == Form::fp16)
+            pack_fp16(lines[r], steps, row);
         else
             exponents[r] = pack_digits(lines[r], steps, row);
     }
@@ -203,14 +227,14 @@ inline void multiply_digits(const float* a, const float* b, int64_t steps, const
     }
 }
 
-// 32 x 32 products of bf16 points over a panel.
-inline void multiply_bf16(const float* a, const float* b, int64_t steps, float* products) {
-    const float *a1 = a + steps * kTileFloats, *b1 = b + steps * kTileFloats;
+// Products of two left and two right bf16 tiles, `stride` floats from step to step: 32 x 32.
+inline void multiply_bf16(const float* a, const float* a1, const float* b, const float* b1, int64_t steps, int64_t stride,
+                          float* products) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t at = 0; at < steps * kTileFloats; at += kTileFloats) {
+    for (int64_t at = 0; at < steps * stride; at += stride) {
         _tile_loadd(4, a + at, 64);
         _tile_loadd(6, b + at, 64);
         _tile_loadd(5, a1 + at, 64);
@@ -226,6 +250,16 @@ inline void multiply_bf16(const float* a, const float* b, int64_t steps, float* 
     _tile_stored(3, products + 16 * kBlock + 16, 4 * kBlock);
 }
 
+// 16 x 16 products of fp16 points over a panel.
+inline void multiply_fp16(const float* a, const float* b, int64_t steps, float* products) {
+    alignas(64) float sums[kBlock * kBlock];
+    multiply_bf16(a, a + kTileFloats, b, b + kTileFloats, steps, 2 * kTileFloats, sums);
+    for (int64_t r = 0; r < 16; r++, products += kBlock) {
+        const float *of_first = sums + r * kBlock, *of_second = of_first + 16 * kBlock;
+        store(products, load(of_first) + ((load(of_first + 16) + load(of_second)) + load(of_second + 16)));
+    }
+}
+
 // Blocks [i0, i1) of the left operand with [j0, j1) of the right; sink(row, column, rows, products) gets `rows` x kBlock
 // products at a time. `upper` leaves out what lies wholly below the diagonal.
 template <class Sink>
@@ -237,12 +271,17 @@ inline void multiply(const float* left, int64_t i0, int64_t i1, const float* rig
         for (int64_t j = upper && i > j0 ? i : j0; j < j1; j++) {
             const float *a = left + i * stride, *b = right + j * stride;
             if (form == Form::bf16)
-                multiply_bf16(a, b, steps, buffer);
+                multiply_bf16(a, a + floats, b, b + floats, steps, kTileFloats, buffer);
             else
                 for (int64_t t = 0; t < 4; t++) {
                     const int64_t tj = t / 2, ti = tj ^ (t & 1);  // the next one shares an operand
-                    multiply_digits(a + ti * floats, b + tj * floats, steps, a + 2 * floats + ti * kTilePoints,
-                                    b + 2 * floats + tj * kTilePoints, buffer + (ti * kBlock + tj) * kTilePoints);
+                    const float *ta = a + ti * floats, *tb = b + tj * floats;
+                    float* products = buffer + (ti * kBlock + tj) * kTilePoints;
+                    if (form == Form::fp16)
+                        multiply_fp16(ta, tb, steps, products);
+                    else
+                        multiply_digits(ta, tb, steps, a + 2 * floats + ti * kTilePoints, b + 2 * floats + tj * kTilePoints,
+                                        products);
                 }
             sink(i * kBlock, j * kBlock, kBlock, buffer);
         }

@@ -19,6 +19,8 @@ static_assert(kBlock % kMr == 0, "one packing serves rows and columns");
 // Cache tile of kTile x kTile blocks: two packed operands of 8 * 48 * 512 floats take 1.5 MiB of L2 on AVX-512.
 constexpr int64_t kTile = 8;
 constexpr bool kTwoForms = false;  // left and right operands are packed alike
+// Of fp32 points over a panel, in units of |x| |y|: a rounding of the sum a column.
+constexpr float kProductError = kPanel * kRounding;
 
 #if defined(__AVX512BF16__)
 inline bool in_pairs(Form form) { return form == Form::bf16; }
@@ -30,6 +32,8 @@ inline vfloat multiply_add(vfloat sum, float a, vfloat b, bool pairs) {
 inline bool in_pairs(Form) { return false; }
 inline vfloat multiply_add(vfloat sum, float a, vfloat b, bool) { return sum + a * b; }
 #endif
+
+constexpr int64_t panel_of(Form) { return kPanel; }
 
 // Packed floats of one block over one panel.
 inline int64_t block_floats(Form, int64_t) { return kBlock * kPanel; }

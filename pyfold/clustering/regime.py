@@ -159,7 +159,7 @@ def estimate(
     seconds += grams * (entries * d / gram_rate + 16 * entries / rates.bandwidth)
     memory += 4 * entries
     if grams:
-        a_panel = 6.0 * of_points * _PANEL
+        a_panel = 8.0 * of_points * _PANEL
         memory += min(max(_PACKED, a_panel), a_panel * panels / _PANEL)
     if regime == "gram":
         looks = passes * starts
