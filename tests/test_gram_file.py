@@ -35,6 +35,8 @@ def rows(kind: str, n: int, d: int = 24) -> Tensor:
     x = torch.randn(n, d, generator=generator(n))
     if kind == "duplicates":  # every distance occurs many times, many are 0
         return torch.randint(-1, 2, (n, 3), generator=generator(n)).float()
+    if kind == "equidistant":  # rounding alone makes a join bring others nearer, for which Ward has a rule
+        return torch.eye(n) * 0.1**0.5
     if kind == "spread":
         return x * torch.logspace(-3, 3, n)[torch.randperm(n, generator=generator(1))][:, None]
     if kind == "groups":  # clusters of more than 16, for the sums that Hartigan keeps
@@ -146,7 +148,7 @@ def test_strips_cover_the_matrix_within_their_size(n: int, nbytes: int) -> None:
     assert all(4 * (end - begin) * (n - begin) <= nbytes or end - begin <= 32 for begin, end in found)
 
 
-@pytest.mark.parametrize("kind", ["random", "duplicates", "spread", "groups"])
+@pytest.mark.parametrize("kind", ["random", "duplicates", "equidistant", "spread", "groups"])
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weights"])
 def test_clusters_are_those_of_the_matrix_in_memory(tmp_path: Path, backend: str, kind: str, n: int, weighted: bool) -> None:
@@ -156,7 +158,7 @@ def test_clusters_are_those_of_the_matrix_in_memory(tmp_path: Path, backend: str
     with filed(tmp_path, gram) as file:
         for k in sorted({1, 2, 5, n // 2, 4 * n // 5, n} & set(range(1, n + 1))):
             moves += check_same(gram, file, k, weights, backend)
-    assert moves > 50 or n < 700
+    assert moves > 50 or n < 700 or kind == "equidistant"
 
 
 @pytest.mark.parametrize("count", [1, 2])
