@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
+import torch
+
 from pyfold import ops
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
@@ -131,8 +133,8 @@ def _cut(group: FoldGroup, k: int, checkpoint: Checkpoint, room: int) -> GroupBu
         strip = _row_of_tiles(group) + max(0, left - 2 * piece)  # one read ahead, one written behind
         if strip >= min(n, _STRIP_ROWS) * 4 * n:
             break
-    spilled = ops.GramFile.row_bytes_of(n) * (2 * n - k)
-    return GroupBudget(features, strip, group_bytes(group, k, checkpoint, features, strip), 0, spilled)
+    disk = ops.disk_bytes(n, k)
+    return GroupBudget(features, strip, group_bytes(group, k, checkpoint, features, strip), 0, disk)
 
 
 def _row_of_tiles(group: FoldGroup) -> int:
@@ -156,5 +158,8 @@ def group_bytes(group: FoldGroup, k: int, checkpoint: Checkpoint, features: int 
         merged = max(merged, k * min(extent, features or extent) * 4)  # a result may be fp32
     in_hand, kept = (whole, whole) if features is None else (pieces, 0)
     packed = max(_PACKED, _PACKED_ITEM * n * PANEL)
-    gram, clustered = (4 * n * n, 4 * n * n) if strip is None else (strip + _TURNED, 0)
-    return max(gram + in_hand + packed, clustered + kept + _CLUSTERING * n, in_hand + merged) + _SLACK
+    if strip is None:
+        gram, clustering = 4 * n * n, 4 * n * n + _CLUSTERING * n
+    else:
+        gram, clustering = strip + _TURNED, ops.clustering_bytes(n, k, torch.get_num_threads())
+    return max(gram + in_hand + packed, clustering + kept, in_hand + merged) + _SLACK

@@ -6,7 +6,7 @@ from :func:`pyfold.ops.backends`. The same inputs give bitwise the same outputs 
 
 from pyfold.ops.checks import FLOATS, LARGEST_SQUARED_NORM
 from pyfold.ops.direct import assign, update
-from pyfold.ops.gram_file import LEAST_ROWS, GramFile, strips
+from pyfold.ops.gram_file import LEAST_ROWS, GramFile, clustering_bytes, disk_bytes, strips
 from pyfold.ops.gram_space import Joins, gram, hartigan, inertia, lloyd, ward
 from pyfold.ops.merging import first_nonfinite, merge_columns, merge_rows
 from pyfold.ops.registry import backends, resolve
@@ -19,6 +19,8 @@ __all__ = [
     "Joins",
     "assign",
     "backends",
+    "clustering_bytes",
+    "disk_bytes",
     "first_nonfinite",
     "gram",
     "hartigan",

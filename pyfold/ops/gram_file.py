@@ -32,7 +32,7 @@ class GramFile:
     Parameters
     ----------
     folder : str or Path
-        Where the file lies. It takes 4 N² bytes (rows to whole pages), at once, and Ward up to 4 N (N − K) more.
+        Where the file lies. Its whole size is taken at once; Ward takes up to N − K rows more while it runs.
     n : int
         N.
 
@@ -47,7 +47,7 @@ class GramFile:
     def __init__(self, folder: str | Path, n: int) -> None:
         self.n = n
         self.folder = Path(folder)
-        self.row_bytes = self.row_bytes_of(n)
+        self.row_bytes = row_bytes(n)
         self.rows_written = 0
         self.finite = True
         self._diagonal = torch.empty(n, dtype=torch.float32)
@@ -72,11 +72,6 @@ class GramFile:
     def shape(self) -> tuple[int, int]:
         """(N, N)."""
         return self.n, self.n
-
-    @staticmethod
-    def row_bytes_of(n: int) -> int:
-        """From one row to the next: whole pages."""
-        return -(-n // PAGE) * PAGE * 4
 
     def fileno(self) -> int:
         """The open file."""
@@ -129,6 +124,22 @@ class GramFile:
 
     def _write(self, data: memoryview, row: int, column: int) -> None:
         write_bytes(self.fileno(), self.folder, row * self.row_bytes + 4 * column, data)
+
+
+def row_bytes(n: int) -> int:
+    """From one row to the next in the file: whole pages."""
+    return -(-n // PAGE) * PAGE * 4
+
+
+def disk_bytes(n: int, n_clusters: int) -> int:
+    """Disk that clustering by a :class:`GramFile` takes at most: the matrix, and a row for each of Ward's joins."""
+    return (2 * n - n_clusters) * row_bytes(n)
+
+
+def clustering_bytes(n: int, n_clusters: int, threads: int) -> int:
+    """Memory that ``pyfold.cluster`` takes at most for a :class:`GramFile`."""
+    kept = min(n // 16, (n - n_clusters) // 15)  # clusters of 16 or more, whose sums Hartigan keeps
+    return (24 << 20) + n * (512 + 8 * kept) + threads * (4 * n + 8 * n_clusters)
 
 
 def strips(n: int, nbytes: int) -> Iterator[tuple[int, int]]:

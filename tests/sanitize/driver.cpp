@@ -4,6 +4,7 @@
 // memory that is one row too small, "race" has two threads merge into the same memory.
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <numeric>
 #include <random>
@@ -16,6 +17,7 @@
 #include "cpu/lloyd.h"
 #include "cpu/memory.h"
 #include "cpu/partition.h"
+#include "cpu/ward_rows.h"
 
 using namespace pyfold;
 
@@ -71,13 +73,16 @@ struct Run {
 
     std::vector<float> gram(DType dtype, int64_t n, int64_t d, bool transposed) {
         const Bytes x = random_matrix(dtype, n * d, random);
-        std::vector<float> g(n * n);
-        const Scratch scratch(kernels.products->gram_scratch(n, d, dtype, threads));
-        for (const bool accumulate : {false, true})
-            kernels.products->gram(x.data(), dtype, n, d, transposed ? n : d, transposed, accumulate, g.data(), scratch.data(),
-                                   threads);
-        kernels.mirror(g.data(), n, threads);
-        keep(g);
+        std::vector<float> g;
+        for (const int64_t n_rows : {n / 3 + 1, n}) {
+            const Scratch scratch(kernels.products->gram_scratch(n, n_rows, d, dtype, threads));
+            g.assign(n_rows * n, 0);
+            for (const bool accumulate : {false, true})
+                kernels.products->gram(x.data(), dtype, n, n_rows, d, transposed ? n : d, transposed, accumulate, g.data(),
+                                       scratch.data(), threads);
+            kernels.mirror(g.data(), n_rows, n, threads);
+            keep(g);
+        }
         return g;
     }
 
@@ -89,17 +94,40 @@ struct Run {
         std::vector<float> key(n), distances(n);
         kernels.ward(g.data(), n, n_clusters, weight.data(), lo.data(), hi.data(), height.data(), key.data(), near.data(),
                      threads);
-        kernels.mirror(g.data(), n, threads);
+        kernels.mirror(g.data(), n, n, threads);
         std::vector<int64_t> labels = random_labels(n, n_clusters, random), moved(n);
         lloyd(kernels, g.data(), n, n_clusters, labels.data(), weights.data(), moved.data(), distances.data(), threads);
-        keep(hartigan(kernels, g.data(), n, n_clusters, labels.data(), weights.data(), 200, threads));
+        const std::vector<int64_t> start = labels;
+        keep(hartigan(kernels, GramRows(g.data(), n), n_clusters, labels.data(), weights.data(), 200, threads));
         keep(lo), keep(hi), keep(height), keep(g), keep(moved), keep(distances), keep(labels);
+        in_file(g, n, n_clusters, weights, start);
         // More rows than a move sums, for this loop to run on several threads.
-        std::vector<int64_t> members(3000);
-        for (int64_t& member : members) member = random() % n;
-        std::vector<double> sums(n);
-        kernels.sum_rows(g.data(), n, members.data(), 3000, weights.data(), sums.data(), threads);
+        std::vector<const float*> rows(3000);
+        std::vector<double> row_weights = random_weights(3000, random), sums(n);
+        for (const float*& row : rows) row = g.data() + random() % n * n;
+        kernels.sum_rows(rows.data(), row_weights.data(), 3000, n, sums.data(), threads);
         keep(sums);
+    }
+
+    // The same from a file.
+    void in_file(const std::vector<float>& g, int64_t n, int64_t n_clusters, const std::vector<double>& weights,
+                 std::vector<int64_t> labels) {
+        FILE *rows = tmpfile(), *scratch = tmpfile();
+        if (!rows || !scratch) abort();
+        const RowFile file{fileno(rows), 4 * n, "rows"};
+        std::vector<float> diagonal(n);
+        for (int64_t i = 0; i < n; i++) {
+            file.write(i, n, g.data() + i * n);
+            diagonal[i] = g[i * n + i];
+        }
+        const GramRows gram(file, diagonal.data(), n);
+        std::vector<int64_t> lo(n - n_clusters), hi(n - n_clusters);
+        std::vector<double> height(n - n_clusters);
+        ward_rows(kernels, gram, RowFile{fileno(scratch), 4 * n, "scratch"}, n_clusters, weights.data(), lo.data(), hi.data(),
+                  height.data(), threads);
+        keep(hartigan(kernels, gram, n_clusters, labels.data(), weights.data(), 200, threads));
+        keep(lo), keep(hi), keep(height), keep(labels);
+        fclose(rows), fclose(scratch);
     }
 
     void assign(DType dtype, int64_t n, int64_t d, int64_t n_clusters) {
@@ -160,8 +188,8 @@ struct Run {
 void overrun(const Kernels& kernels) {
     const std::vector<float> x(8);
     std::vector<float> out(7 * 8);
-    const Scratch scratch(kernels.products->gram_scratch(8, 1, DType::f32, 1));
-    kernels.products->gram(x.data(), DType::f32, 8, 1, 1, false, false, out.data(), scratch.data(), 1);
+    const Scratch scratch(kernels.products->gram_scratch(8, 8, 1, DType::f32, 1));
+    kernels.products->gram(x.data(), DType::f32, 8, 8, 1, 1, false, false, out.data(), scratch.data(), 1);
 }
 
 void race(const Kernels& kernels) {
