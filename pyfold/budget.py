@@ -6,6 +6,7 @@ in pieces of their features, once for the Gram matrix and once for merging, and 
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from math import prod
 
@@ -56,6 +57,14 @@ class Budget:
     def peak(self) -> int:
         """Bytes at most: VmHWM of the process."""
         return self.process + max([_COPYING + self.behind, *(group.nbytes for group in self.groups.values())]) + self.ahead
+
+
+def return_memory_at_once() -> None:
+    """Keep the allocator from holding freed tensors: glibc learns to take up to 32 MiB from a heap that has holes later."""
+    libc = ctypes.CDLL(None)
+    m_mmap_threshold = -3
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(m_mmap_threshold, 1 << 20)
 
 
 def make_budget(checkpoint: Checkpoint, plan: Plan, host_memory: int, process: int) -> Budget:
