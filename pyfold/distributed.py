@@ -37,7 +37,7 @@ from pyfold.trace import Trace
 WORKER = 24 << 20  # bytes that a worker holds beside what its driver holds once Ray is imported (measured: 17 to 24 MiB)
 _QUEUED = 2  # tasks for each that can run: the next is at a worker before the last is done
 _RETRIES = 3  # of a job whose worker died
-_LOOK = 10.0  # seconds without a result after which to see whether any node is left; and to wait for cancelled tasks
+_LOOK = 10.0  # seconds without a result after which to see whether any node is left; and for which to wait after a failure
 
 
 class _Fold(NamedTuple):
@@ -111,10 +111,13 @@ def run_jobs(
             raise
         except ray.exceptions.RayError as error:
             raise OSError(f"Ray: {_first_line(error)}") from None
+        except KeyboardInterrupt:
+            running.clear()
+            raise
         finally:
-            for late in running:
-                ray.cancel(late, force=True)
-            if running:  # what may now be removed is not to grow meanwhile
+            # Not ray.cancel: where that meets a task just done, Ray 2.60 aborts this process. What is left ends with the
+            # connection; but a folder that may be removed now had better not grow meanwhile.
+            if running:
                 ray.wait(list(running), num_returns=len(running), timeout=_LOOK)
 
 

@@ -137,7 +137,7 @@ def test_one_process_goes_on_where_the_driver_was_stopped(
     driver.send_signal(how)
     _, error = driver.communicate(timeout=60)
     if how == signal.SIGINT:
-        assert driver.returncode == 130
+        assert driver.returncode == 130, error
         assert error == "pyfold: interrupted; the same command continues from here\n"
         assert not any(holds(worker, partial(dst)) for node in cluster.list_all_nodes() for worker in workers(node))
     else:
