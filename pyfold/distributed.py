@@ -175,17 +175,35 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    given = address or os.environ.get("RAY_ADDRESS", "")
     try:
         try:
-            if at := re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", given):  # where no one listens Ray tries for minutes
-                socket.create_connection((at[1], int(at[2])), _LOOK).close()
-            ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(_resolve(address), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:
-            raise ConnectionError(f"Ray: cannot connect to {given or 'this machine'}: {_first_line(error)}") from None
+            where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+            raise ConnectionError(f"Ray: cannot connect to {where}: {_first_line(error)}") from None
         yield
     finally:
         ray.shutdown()
+
+
+def _resolve(address: str | None) -> str:
+    """The cluster at an address, else of RAY_ADDRESS, else that ``ray start`` noted, if it runs; else one of our own."""
+    named = address or os.environ.get("RAY_ADDRESS")
+    if named:
+        _reach(named)
+        return named
+    try:
+        noted = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster").read_text().strip()
+        _reach(noted)
+        return noted
+    except OSError:
+        return "local"
+
+
+def _reach(address: str) -> None:
+    """Raises OSError where no one listens: Ray itself would try for minutes."""
+    if at := re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address):
+        socket.create_connection((at[1], int(at[2])), _LOOK).close()
 
 
 def _share(nodes: list[dict[str, Any]], n_jobs: int, memory: int) -> tuple[int, int]:

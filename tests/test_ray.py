@@ -131,7 +131,7 @@ def test_one_process_goes_on_where_the_driver_was_stopped(
     driver = subprocess.Popen(
         [sys.executable, "-m", "pyfold", *command, f"--ray={cluster.address}"], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
-    while not Journal(partial(dst) / JOURNAL).done:
+    while len(Journal(partial(dst) / JOURNAL).done) < 2:  # of the second the driver may not know yet
         assert driver.poll() is None
         time.sleep(0.005)
     driver.send_signal(how)
@@ -191,6 +191,21 @@ def test_no_cluster(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         assert error.startswith(f"pyfold: Ray: cannot connect to {address}: ")
         assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_which_cluster(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert distributed._resolve(None) == "local"
+    note = tmp_path / "ray" / "ray_current_cluster"
+    note.parent.mkdir()
+    note.write_text("127.0.0.1:1")
+    assert distributed._resolve(None) == "local", "that one is dead"
+    note.write_text(cluster.address)
+    assert distributed._resolve(None) == cluster.address
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert distributed._resolve(None) == "local"
+    assert distributed._resolve(cluster.address) == cluster.address
 
 
 def test_a_task_writes_into_its_own_run_only(tmp_path: Path) -> None:
