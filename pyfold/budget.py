@@ -7,6 +7,7 @@ strips of its rows, for each of which the weights are read, and kept in a file. 
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -74,6 +75,14 @@ class Budget:
     def peak(self) -> int:
         """Bytes at most: VmHWM of the process."""
         return self.process + max([_COPYING + self.behind, *(group.nbytes for group in self.groups.values())]) + self.ahead
+
+
+def return_memory_at_once() -> None:
+    """Keep the allocator from holding freed tensors: glibc learns to take up to 32 MiB from a heap that has holes later."""
+    libc = ctypes.CDLL(None)
+    m_mmap_threshold = -3
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(m_mmap_threshold, 1 << 20)
 
 
 def make_budget(checkpoint: Checkpoint, plan: Plan, host_memory: int, process: int, *, spills: bool = True) -> Budget:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import sys
@@ -59,10 +58,11 @@ def _how_to_go_on(args: argparse.Namespace) -> str:
 
 
 def _fold(args: argparse.Namespace) -> None:
+    from pyfold.budget import return_memory_at_once
     from pyfold.pipeline import fold_checkpoint
     from pyfold.report import summary
 
-    _return_memory_at_once()
+    return_memory_at_once()
     with _progress_bar(args, "B") as progress:
         report = fold_checkpoint(
             args.source,
@@ -77,20 +77,13 @@ def _fold(args: argparse.Namespace) -> None:
             host_memory=args.host_memory,
             backend=args.backend,
             trace=args.trace,
+            ray=args.ray,
             progress=progress,
         )
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))
     elif not args.quiet:
         print(summary(report))
-
-
-def _return_memory_at_once() -> None:
-    """Keep the allocator from holding freed tensors: glibc learns to take up to 32 MiB from a heap that has holes later."""
-    libc = ctypes.CDLL(None)
-    m_mmap_threshold = -3
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(m_mmap_threshold, 1 << 20)
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -255,6 +248,15 @@ def _parser() -> argparse.ArgumentParser:
     fold.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights, as in 5GB (default)")
     fold.add_argument("--overwrite", action="store_true", help="replace the checkpoint at DST once the new one is complete")
     _run_options(fold)
+    fold.add_argument(
+        "--ray",
+        nargs="?",
+        const=True,
+        metavar="ADDRESS",
+        help="fold the groups as tasks on Ray, to the same result: on the cluster at ADDRESS, or that RAY_ADDRESS names, or "
+        "that runs here, else on this machine alone. All nodes need this version of pyfold, and SRC and DST on a file system "
+        "that they share; --host-memory is then for each task. Write it after SRC and DST, or as --ray=ADDRESS",
+    )
     fold.add_argument(
         "--trace", metavar="FILE", help="write a timeline of reading, computing and writing, which ui.perfetto.dev opens"
     )

@@ -12,12 +12,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from pyfold import __version__, ops
+from pyfold import __version__, distributed, ops
 from pyfold.budget import Budget, make_budget
 from pyfold.clustering.regime import bytes_free
 from pyfold.deliver import huggingface
@@ -49,6 +50,7 @@ def fold_checkpoint(
     host_memory: int | str | None = None,
     backend: str = "auto",
     trace: str | Path | None = None,
+    ray: Literal[True] | str | None = None,
     progress: Progress | None = None,
 ) -> FoldReport:
     """Fold the feed-forward layers of a checkpoint and write a smaller one.
@@ -80,6 +82,10 @@ def fold_checkpoint(
         ``auto``, or a name from :func:`pyfold.ops.backends`.
     trace : str or Path, optional
         File to write a timeline of reading, computing and writing to, which Perfetto opens (Chrome's trace event format).
+    ray : True or str, optional
+        Fold the groups as tasks on Ray, to the same bytes: on the cluster at an address; for True on the one that RAY_ADDRESS
+        names or that runs here, else on this machine. All nodes must see source and destination. ``host_memory`` is then for
+        each task.
     progress : callable, optional
         Called as ``progress(bytes_done, bytes_total, what)``.
 
@@ -102,6 +108,8 @@ def fold_checkpoint(
     by a hub id is named as base_model in the model card.
     """
     started = time.perf_counter()
+    if ray:
+        distributed.require_ray()
     prepared = prepare(
         src,
         ratio=ratio,
@@ -112,6 +120,7 @@ def fold_checkpoint(
         max_shard_size=max_shard_size,
         host_memory=host_memory,
         backend=backend,
+        beside=distributed.WORKER if ray else 0,
     )
     checkpoint, family, plan, options = prepared.checkpoint, prepared.family, prepared.plan, prepared.options
     backend = prepared.backend
@@ -125,7 +134,7 @@ def fold_checkpoint(
         Trace(trace) as timeline,
         Destination(Path(dst), sources, identity=identity, overwrite=overwrite, n_bytes=n_bytes) as stage,
     ):
-        groups, source, result = _write_weights(prepared, stage, progress, timeline)
+        groups, source, result = _write_weights(prepared, stage, progress, timeline, ray)
         for file in checkpoint.companions():
             shutil.copyfile(file, stage.folder / file.name)
         for module in sorted(huggingface.modules(config)):
@@ -183,8 +192,12 @@ def prepare(
     max_shard_size: int | str,
     host_memory: int | str | None,
     backend: str,
+    beside: int = 0,
 ) -> Prepared:
-    """Read headers, settle every option. Arguments and errors as in :func:`fold_checkpoint`."""
+    """Read headers, settle every option. Arguments and errors as in :func:`fold_checkpoint`.
+
+    ``beside``: bytes that the process that folds holds and this one does not.
+    """
     checkpoint = open_checkpoint(src)
     family = family_of(checkpoint)
     plan = make_plan(
@@ -206,7 +219,7 @@ def prepare(
         "max_shard_size": parse_size(max_shard_size),
     }
     backend = ops.resolve(backend)
-    held = rss_bytes()
+    held = rss_bytes() + beside
     limit = held + bytes_free(torch.device("cpu")) if host_memory is None else parse_size(host_memory, "host_memory")
     return Prepared(
         checkpoint, family, plan, make_budget(checkpoint, plan, limit, held, spills=backend.startswith("cpu")), backend, options
@@ -214,7 +227,7 @@ def prepare(
 
 
 def _write_weights(
-    prepared: Prepared, stage: Destination, progress: Progress | None, trace: Trace
+    prepared: Prepared, stage: Destination, progress: Progress | None, trace: Trace, ray: Literal[True] | str | None
 ) -> tuple[list[GroupReport], dict[str, str], dict[str, str]]:
     """Do every job that no earlier run has done. Returns the groups' reports, the hashes of what was read and written."""
     checkpoint, plan = prepared.checkpoint, prepared.plan
@@ -244,8 +257,9 @@ def _write_weights(
             progress(done, checkpoint.nbytes, what)
 
     jobs = make_jobs(checkpoint, plan, source)
+    run = partial(distributed.run_jobs, ray if isinstance(ray, str) else None) if ray else run_jobs
     with Output(stage.folder, plan.tensors, plan.shards, frozenset(source)) as output:
-        run_jobs(jobs, output, plan, prepared.budget, prepared.backend, record=record, advance=advance, trace=trace)
+        run(jobs, output, plan, prepared.budget, prepared.backend, record=record, advance=advance, trace=trace)
     assert result.keys() == plan.tensors.keys(), f"not written: {plan.tensors.keys() - result.keys()}"
     advance(0, "done")
     return [reports[group.name] for group, _ in plan.groups], source, result

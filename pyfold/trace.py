@@ -25,18 +25,22 @@ class Trace:
         try:
             yield
         finally:
-            if self._file:
-                self._events.append(
-                    {
-                        "name": what,
-                        "ph": "X",  # a complete event: begin and duration, in microseconds
-                        "ts": 1e6 * (begin - self._started),
-                        "dur": 1e6 * (time.perf_counter() - begin),
-                        "pid": 1,
-                        "tid": threading.current_thread().name,
-                        "args": about,
-                    }
-                )
+            self.ended(what, time.perf_counter() - begin, threading.current_thread().name, **about)
+
+    def ended(self, what: str, seconds: float, thread: str, **about: Any) -> None:
+        """Something that took so long ends now; ``thread`` need not be one of this process."""
+        if self._file:
+            self._events.append(
+                {
+                    "name": what,
+                    "ph": "X",  # a complete event: begin and duration, in microseconds
+                    "ts": 1e6 * (time.perf_counter() - seconds - self._started),
+                    "dur": 1e6 * seconds,
+                    "pid": 1,
+                    "tid": thread,
+                    "args": about,
+                }
+            )
 
     def __enter__(self) -> Trace:
         return self

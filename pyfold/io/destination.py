@@ -39,6 +39,11 @@ def resumable(path: Path) -> bool:
     return bool(Journal(_partial(path.resolve()) / JOURNAL).done)
 
 
+def run_of(folder: Path) -> Entry | None:
+    """The identity of the run whose result grows in ``folder`` now."""
+    return Journal(folder.parent / JOURNAL).identity
+
+
 class Destination:
     """``with Destination(dst, files, identity=...) as stage: ...; stage.commit()``."""
 

@@ -18,10 +18,16 @@ class Output:
     """``with Output(folder, tensors, shards) as output: ...``: one writer of a result; others may write other tensors of it."""
 
     def __init__(
-        self, folder: Path, tensors: Mapping[str, Layout], shards: Mapping[str, list[str]], written: frozenset[str]
+        self,
+        folder: Path,
+        tensors: Mapping[str, Layout],
+        shards: Mapping[str, list[str]],
+        written: frozenset[str],
+        opened: int | None = None,
     ) -> None:
-        """``shards``: file -> its tensors. Those ``written`` already are on the disk."""
-        self._folder, self._tensors, self._shards, self._written = folder, tensors, shards, written
+        """``shards``: file -> its tensors. Those ``written`` already are on the disk. ``opened``: see :class:`Shard`."""
+        self.folder, self._tensors, self._shards, self._written = folder, tensors, shards, written
+        self._opened = opened
         self._shard_of = {name: shard for shard, names in shards.items() for name in names}
         self._open: dict[str, Shard] = {}
         self._places: dict[str, TensorInfo] = {}
@@ -46,7 +52,7 @@ class Output:
 
     def scratch(self) -> Path:
         """A folder for files without names."""
-        folder = self._folder.with_name(SCRATCH)
+        folder = self.folder.with_name(SCRATCH)
         folder.mkdir(exist_ok=True)
         return folder
 
@@ -58,12 +64,12 @@ class Output:
         """All that has been written outlives the machine once this returns."""
         for shard in self._open.values():
             shard.sync()
-        sync_folder(self._folder)
+        sync_folder(self.folder)
 
     def _shard(self, name: str) -> Shard:
         shard = self._shard_of[name]
         if shard not in self._open:
             layout = {member: self._tensors[member] for member in self._shards[shard]}
-            self._open[shard] = Shard(self._folder / shard, layout, self._written)
+            self._open[shard] = Shard(self.folder / shard, layout, self._written, self._opened)
             self._places.update({member: self._open[shard].place(member) for member in layout})
         return self._open[shard]

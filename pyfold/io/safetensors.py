@@ -238,9 +238,16 @@ class Shard:
     """One output file with a layout fixed in advance; tensors are written in any order, whole or in pieces."""
 
     def __init__(
-        self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], written: Container[str] = frozenset()
+        self,
+        path: Path,
+        tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+        written: Container[str] = frozenset(),
+        folder: int | None = None,
     ) -> None:
-        """``path`` with the header for ``tensors``: name -> (safetensors dtype, shape); those ``written`` already are kept."""
+        """``path`` with the header for ``tensors``: name -> (safetensors dtype, shape); those ``written`` already are kept.
+
+        ``folder``: the open folder of ``path``, in which the file is then opened wherever that folder is by now.
+        """
         self.path = path
         # Widest items first, as the safetensors package does, so that every tensor is aligned.
         order = sorted(tensors, key=lambda name: -ITEM_SIZE[tensors[name][0]])
@@ -258,7 +265,7 @@ class Shard:
             for name in order
         }
         self._left = {name: info.nbytes for name, info in self._info.items() if name not in written}
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        self._file = os.open(path if folder is None else path.name, os.O_WRONLY | os.O_CREAT, 0o666, dir_fd=folder)
         try:
             self._write(memoryview(struct.pack("<Q", len(blob)) + blob), 0)
         except BaseException:
