@@ -29,6 +29,7 @@ from pyfold.clustering import labels_of
 from pyfold.families import FoldGroup, family_of
 from pyfold.io.checkpoint import Checkpoint, open_checkpoint
 from pyfold.io.safetensors import Reader
+from pyfold.memory import empty
 from pyfold.plan import target_width
 
 COPIES = 2  # one can take four times the other on a disk shared with strangers
@@ -145,7 +146,7 @@ def _one_layer(checkpoint: Checkpoint, group: FoldGroup, k: int, rounds: int) ->
     """Best seconds of each step of a fold of one group, into memory already touched, and of torch.mm of its features."""
     with Reader() as reader:
         weights = {name: reader.read(checkpoint.tensors[name]) for name in group.tensors}
-    gram = torch.zeros(group.width, group.width)
+    gram = empty((group.width, group.width), torch.float32).zero_()
     labels = torch.empty(0)
     merged = {
         name: torch.zeros(group.shape_at(k, name, tuple(weight.shape)), dtype=weight.dtype) for name, weight in weights.items()

@@ -59,12 +59,29 @@ class GroupBudget:
 
 @dataclass(frozen=True)
 class Budget:
-    """In bytes: what interpreter and imports hold, what groups take, what may be read ahead, and copied but not written."""
+    """In bytes.
+
+    Attributes
+    ----------
+    process : int
+        What interpreter and imports hold.
+    groups : dict of str to GroupBudget
+    ahead : int
+        What may be read ahead.
+    behind : int
+        What may be copied and not yet written.
+    spare : int
+        What may lie idle, to be used again, beyond that.
+    buffers : int
+        What tensors that are read, computed with or written may take together with those that lie idle.
+    """
 
     process: int
     groups: dict[str, GroupBudget]
     ahead: int
     behind: int
+    spare: int
+    buffers: int
 
     @property
     def spilled(self) -> int:
@@ -74,7 +91,8 @@ class Budget:
     @property
     def peak(self) -> int:
         """Bytes at most: VmHWM of the process."""
-        return self.process + max([_COPYING + self.behind, *(group.nbytes for group in self.groups.values())]) + self.ahead
+        busiest = max([_COPYING + self.behind, *(group.nbytes for group in self.groups.values())])
+        return self.process + busiest + self.ahead + self.spare
 
 
 def return_memory_at_once() -> None:
@@ -117,7 +135,10 @@ def make_budget(checkpoint: Checkpoint, plan: Plan, host_memory: int, process: i
     groups = {
         name: replace(cut, nbytes=cut.nbytes + behind, behind=behind) if cut.features else cut for name, cut in takes.items()
     }
-    return Budget(process, groups, ahead, behind)
+    takes_most = max([_COPYING + behind, *(cut.nbytes for cut in groups.values())])
+    spare = min(room - ahead - takes_most, max(pieces))
+    kernels = _SLACK + max(_kernel_bytes(group, k, takes[group.name].strip) for group, k in plan.groups)
+    return Budget(process, groups, ahead, behind, spare, takes_most + ahead + spare - kernels)
 
 
 def _least(group: FoldGroup, k: int, checkpoint: Checkpoint, spills: bool) -> int:
@@ -166,9 +187,18 @@ def group_bytes(group: FoldGroup, k: int, checkpoint: Checkpoint, features: int 
         pieces = max(pieces, _piece_bytes(info, n, features))
         merged = max(merged, k * min(extent, features or extent) * 4)  # a result may be fp32
     in_hand, kept = (whole, whole) if features is None else (pieces, 0)
-    packed = max(_PACKED, _PACKED_ITEM * n * PANEL)
-    if strip is None:
-        gram, clustering = 4 * n * n, 4 * n * n + _CLUSTERING * n
-    else:
-        gram, clustering = strip + _TURNED, ops.clustering_bytes(n, k, torch.get_num_threads())
-    return max(gram + in_hand + packed, clustering + kept, in_hand + merged) + _SLACK
+    gram, clustered = (4 * n * n, 4 * n * n) if strip is None else (strip + _TURNED, 0)
+    return max(gram + in_hand + _packed(n), clustered + kept + _clustering(n, k, strip), in_hand + merged) + _SLACK
+
+
+def _kernel_bytes(group: FoldGroup, k: int, strip: int | None) -> int:
+    """What the kernels of a group allocate."""
+    return max(_packed(group.width), _clustering(group.width, k, strip))
+
+
+def _packed(n: int) -> int:
+    return max(_PACKED, _PACKED_ITEM * n * PANEL)
+
+
+def _clustering(n: int, k: int, strip: int | None) -> int:
+    return _CLUSTERING * n if strip is None else ops.clustering_bytes(n, k, torch.get_num_threads())

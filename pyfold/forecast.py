@@ -23,7 +23,7 @@ from pyfold import ops
 from pyfold.clustering import cluster
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.safetensors import ITEM_SIZE, torch_dtype
-from pyfold.jobs import make_jobs, traffic
+from pyfold.jobs import make_jobs, reads_of
 from pyfold.pipeline import Prepared
 
 _DISK_BYTES = 1 << 27  # of a probe, unless half a second is over before
@@ -121,7 +121,8 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
         seconds += rates.clustering * entries + moved / _MEMORY
         rows = None if cut.strip is None else next(end - begin for begin, end in ops.strips(n, cut.strip))
         groups.append(GroupForecast(group.name, n, k, cut.features, rows, cut.nbytes, sum(flops.values()), seconds))
-    bytes_read = traffic(make_jobs(checkpoint, plan), budget)
+    reads = (read for job in make_jobs(checkpoint, plan) for read in reads_of(job, budget))
+    bytes_read = sum(read.info.nbytes if read.rows is None else read.nbytes for read in reads)
     folded = {name for group, _ in plan.groups for name in group.tensors}
     others = sum(info.nbytes for name, info in checkpoint.tensors.items() if name not in folded)
     stages = {

@@ -21,10 +21,11 @@ class Trace:
 
     @contextmanager
     def __call__(self, what: str, **about: Any) -> Iterator[None]:
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.thread_time()
         try:
             yield
         finally:
+            about["cpu_seconds"] = time.thread_time() - cpu  # of this thread, not of those that kernels start
             self.ended(what, time.perf_counter() - begin, threading.current_thread().name, **about)
 
     def ended(self, what: str, seconds: float, thread: str, **about: Any) -> None:

@@ -6,11 +6,14 @@ import json
 import os
 import re
 import resource
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import check_refused, run_cli, tiny_checkpoint, tree, write_synthetic
+from conftest import ROOT, check_refused, run_cli, tiny_checkpoint, tree, write_synthetic
 
 from pyfold import fold_checkpoint
 from pyfold.budget import PANEL, group_bytes, make_budget
@@ -171,6 +174,25 @@ def test_bad_sizes(tmp_path: Path) -> None:
     for size in ("lots", "0", "-1GiB"):
         with pytest.raises(PyfoldError, match="host_memory: expected"):
             fold_checkpoint(source, tmp_path / "dst", ratio=0.25, host_memory=size)
+
+
+def test_a_run_killed_beside_its_gram_file_leaves_none_and_goes_on(tmp_path: Path) -> None:
+    folder = write_synthetic(tmp_path / "src", 3, 6000, 600)
+    refused = run_cli("fold", folder, tmp_path / "dst", "--ratio", "0.25", "--host-memory", "10MiB")
+    options = ["--ratio", "0.25", "--host-memory", str(least(refused.stderr) + 8 * MIB)]
+    command = [sys.executable, "-m", "pyfold", "fold", str(folder), str(tmp_path / "dst"), *options]
+    process = subprocess.Popen(command, cwd=ROOT)
+    partial = tmp_path / "dst.pyfold-partial"
+    while not (partial / "journal").exists() or (partial / "journal").read_bytes().count(b"\n") < 2:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert list((partial / "scratch").iterdir()) == []
+    assert run_cli(*command[3:]).returncode == 0
+    assert run_cli("fold", folder, tmp_path / "whole", "--ratio", "0.25").returncode == 0
+    assert tree(tmp_path / "dst") == tree(tmp_path / "whole")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dst", "src", "whole"]
 
 
 def test_a_gram_matrix_beyond_the_disk_is_refused(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyfold.errors import PyfoldError
+from pyfold.memory import empty
 from pyfold.ops import checks, cpu, registry
 from pyfold.ops.gram_file import GramFile
 
@@ -91,7 +92,9 @@ def gram(
         if given is None:
             if accumulate:
                 raise ValueError("gram: accumulate=True needs out=, the matrix to add to")
-            outs[i] = torch.empty((height or n, n), dtype=torch.float32, device=problem.device)
+            shape = (height or n, n)
+            on_host = problem.device.type == "cpu"
+            outs[i] = empty(shape, torch.float32) if on_host else torch.empty(shape, dtype=torch.float32, device=problem.device)
             continue
         checks.gram("out", given, n, height)
         checks.same_device("out", given, problem)
