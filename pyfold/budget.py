@@ -29,7 +29,7 @@ _COPYING = 3 * PIECE  # a piece as read, as converted, and as it is being read
 _TURNED = 1 << 22  # of a strip on its way to the file
 _SPILLED_PIECE = 4 * PANEL  # features at most, where G is in a file: more would make the strips lower
 _STRIP_ROWS = 2048  # lower strips are worse than smaller pieces
-_SLACK = 24 << 20  # stacks of threads, small tensors, what the allocator keeps
+_SLACK = 32 << 20  # stacks of threads, what a write goes through, small tensors, what the allocator keeps
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import threading
 from collections.abc import Container, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,6 +42,9 @@ MAX_DIM = 32
 _MAX_TRANSFER = 1 << 30
 # What reading past the page cache goes by: a multiple of any disk's logical block.
 _DISK_BLOCK = 4096
+# Bytes written past it at a time.
+_BOUNCE = 1 << 23
+_of_thread = threading.local()
 
 
 @dataclass(frozen=True)
@@ -321,11 +325,15 @@ class Shard:
             for name in order
         }
         self._left = {name: info.nbytes for name, info in self._info.items() if name not in written}
-        self._file = os.open(path if folder is None else path.name, os.O_WRONLY | os.O_CREAT, 0o666, dir_fd=folder)
+        where = path if folder is None else path.name
+        self._file = os.open(where, os.O_WRONLY | os.O_CREAT, 0o666, dir_fd=folder)
+        self._direct: int | None = None
+        with suppress(OSError):  # a file system that does not do without the page cache
+            self._direct = os.open(where, os.O_WRONLY | getattr(os, "O_DIRECT", 0), dir_fd=folder)
         try:
             self._write(memoryview(struct.pack("<Q", len(blob)) + blob), 0)
         except BaseException:
-            os.close(self._file)
+            self.close()
             raise
 
     def write(self, name: str, tensor: Tensor, offset: int = 0) -> None:
@@ -362,6 +370,33 @@ class Shard:
 
     def close(self) -> None:
         os.close(self._file)
+        if self._direct is not None:
+            os.close(self._direct)
 
     def _write(self, data: memoryview, offset: int) -> None:
-        write_bytes(self._file, self.path, offset, data)
+        """Whole blocks of the disk past the page cache, whose memory costs CPU time that the kernels could use."""
+        from pyfold.memory import LARGE
+
+        end = offset + len(data)
+        first, last = -(-offset // _DISK_BLOCK) * _DISK_BLOCK, end // _DISK_BLOCK * _DISK_BLOCK
+        if self._direct is None or len(data) < LARGE:
+            return write_bytes(self._file, self.path, offset, data)
+        write_bytes(self._file, self.path, offset, data[: first - offset])
+        bounce = _bounce()
+        for at in range(first, last, _BOUNCE):
+            piece = bounce[: min(_BOUNCE, last - at)]
+            piece[:] = data[at - offset : at - offset + len(piece)]
+            write_bytes(self._direct, self.path, at, piece)
+        write_bytes(self._file, self.path, last, data[last - offset :])
+
+
+def _bounce() -> memoryview:
+    """Memory of this thread that starts with a page, as writing past the page cache needs it."""
+    from pyfold.memory import empty
+
+    if not hasattr(_of_thread, "bounce"):
+        import torch
+
+        _of_thread.bounce = as_bytes(empty((_BOUNCE,), torch.uint8))
+    bounce: memoryview = _of_thread.bounce
+    return bounce
