@@ -24,13 +24,14 @@ from pyfold.clustering import cluster
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.safetensors import ITEM_SIZE, torch_dtype
 from pyfold.jobs import make_jobs, reads_of
+from pyfold.memory import empty
 from pyfold.pipeline import Prepared
 
 _DISK_BYTES = 1 << 27  # of a probe, unless half a second is over before
 _PROBE_SECONDS = 0.5
 # Seconds per entry of G that are looked at; measured at N = 11008 and 28672 on rows like SmolLM2's, 2 cores of a Xeon with AMX.
 _WARD_START, _WARD_JOIN, _HARTIGAN = 2.8e-9, 1.2e-8, 5.3e-9
-_CLUSTERING_PROBE = (2048, 1638, 0.045)  # N, K, and seconds where those were measured
+_CLUSTERING_PROBE = (2048, 1638, 0.014)  # N, K, and seconds where those were measured
 _MEMORY = 5e9  # bytes/s of merging, of checking, of making room: two passes at the bandwidth of memory, and page faults
 
 
@@ -67,8 +68,8 @@ class Forecast:
     ----------
     groups : list of GroupForecast
         In the order in which they will be folded.
-    peak, process, ahead, behind : int
-        VmHWM of the process; what interpreter and imports hold of it, and what reading ahead and writing behind may.
+    peak, process, ahead, spare : int
+        VmHWM of the process; what interpreter and imports hold of it, what may be read ahead, and lie idle to be used again.
     flops : float
     bytes_read, bytes_written : int
     disk_free, disk_needed : int
@@ -85,7 +86,7 @@ class Forecast:
     peak: int
     process: int
     ahead: int
-    behind: int
+    spare: int
     flops: float
     bytes_read: int
     bytes_written: int
@@ -138,7 +139,7 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
         peak=budget.peak,
         process=budget.process,
         ahead=budget.ahead,
-        behind=budget.behind,
+        spare=budget.spare,
         flops=sum(group.flops for group in groups),
         bytes_read=bytes_read,
         bytes_written=plan.nbytes,
@@ -156,34 +157,35 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
 def probe(checkpoint: Checkpoint, dtypes: set[str], destination: Path | None, backend: str) -> Rates:
     """Measure the rates: about a second, at most 3."""
     generator = torch.Generator().manual_seed(0)
-    n, d = 4096, 1024
+    n, d = 4096, 4096  # large enough that G is not what counts
     x = torch.randn(n, d, generator=generator)
-    gram = torch.zeros(n, n)
+    gram = empty((n, n), torch.float32)
     speeds = {}
     for dtype in sorted(dtypes):
         points = x.to(torch_dtype(dtype))
-        speeds[dtype] = n * n * d / _best(lambda points=points: ops.gram(points, out=gram, backend=backend), 3)  # type: ignore[misc]
+        speeds[dtype] = n * n * d / _best(lambda points=points: ops.gram(points, out=gram, backend=backend), 0.6 / len(dtypes))  # type: ignore[misc]
     n, k, seconds = _CLUSTERING_PROBE
-    gram = ops.gram(x[:n], backend=backend)
-    clustering = _best(lambda: cluster(gram=gram, n_clusters=k, overwrite_gram=True, backend=backend), 2) / seconds
+    gram = ops.gram(x[:n, :1024].contiguous(), backend=backend)
+    clustering = _best(lambda: cluster(gram=gram, n_clusters=k, overwrite_gram=True, backend=backend), 0.4) / seconds
     blob = bytes(1 << 25)
     read = _read_rate(checkpoint)
     return Rates(
         gram=speeds,
         clustering=clustering,
-        hash=len(blob) / _best(lambda: hashlib.sha256(blob), 2),
+        hash=len(blob) / _best(lambda: hashlib.sha256(blob), 0.1),
         read=read,
         write=read if destination is None else _write_rate(destination),
     )
 
 
-def _best(action: Callable[[], object], rounds: int) -> float:
-    best = float("inf")
-    for _ in range(rounds):
+def _best(action: Callable[[], object], seconds: float) -> float:
+    """Of as many rounds as so many seconds have room for, and two: a busy machine is not slow all the time."""
+    times: list[float] = []
+    while len(times) < 2 or sum(times) < seconds:
         start = time.perf_counter()
         action()
-        best = min(best, time.perf_counter() - start)
-    return best
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _read_rate(checkpoint: Checkpoint) -> float:

@@ -168,11 +168,11 @@ def forecast_table(forecast: Forecast) -> str:
         names = f"{first} to {others[-1]}" if others else first
         cells = zip(row, list(heads.values())[1:], strict=True)
         lines.append(f"{names:<34}" + "".join(f"{cell:>{width}}" for cell, width in cells))
-    mib = {what: getattr(forecast, what) / 2**20 for what in ("peak", "process", "ahead", "behind")}
+    mib = {what: getattr(forecast, what) / 2**20 for what in ("peak", "process", "ahead", "spare")}
     lines += [
         "",
         f"memory      {mib['peak']:.0f} MiB at the peak, of which interpreter and imports {mib['process']:.0f}, "
-        f"read ahead {mib['ahead']:.0f}, written behind {mib['behind']:.0f}",
+        f"read ahead {mib['ahead']:.0f}, buffers to be used again {mib['spare']:.0f}",
         f"work        {forecast.flops / 1e12:.2f} TFLOP; {forecast.bytes_read:,} bytes read, "
         f"{forecast.bytes_written:,} written",
         f"seconds     {forecast.seconds:.1f}, limited by {forecast.limited_by}; alone: computing {forecast.computing:.1f}, "

@@ -1,18 +1,23 @@
-"""Reading ahead and writing behind: order, bounds, failures; and that a fold really overlaps them with computing."""
+"""Reading ahead and writing behind: order, bounds, failures, overlap with computing; and past the page cache."""
 
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import run_cli, tree, write_synthetic
 
 import pyfold
+from pyfold.errors import PyfoldError
 from pyfold.io.flow import Ahead, Behind
+from pyfold.io.safetensors import Reader, Shard, read_header
+from pyfold.memory import LARGE, Pool
 
 CAPACITIES = [0, 1, 10, 25, 1000]
 
@@ -158,3 +163,52 @@ def test_a_trace_shows_that_stages_overlap(tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert "no/trace.json: No such file" in refused.stderr
     assert not (tmp_path / "other").exists(), "before the work, not after it"
+
+
+def test_whole_tensors_go_past_the_page_cache_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any offset, any length, among tensors that share blocks of the disk with their neighbours."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [3, LARGE + 1, LARGE // 2, 2 * LARGE - 4097, LARGE, 5, 3 * LARGE + 4095]
+    tensors = {
+        f"t{i}": torch.randint(0, 256, (size, 1), generator=generator, dtype=torch.uint8) for i, size in enumerate(sizes)
+    }
+    shard = Shard(tmp_path / "file", {name: ("U8", tuple(tensor.shape)) for name, tensor in tensors.items()})
+    direct = shard._direct
+    for name in reversed(tensors):
+        shard.write_block(name, tensors[name], 0, 0, 1)
+    assert shard.complete
+    shard.sync()
+    shard.close()
+    with (tmp_path / "file").open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    past: list[int] = []
+    read = Reader._direct
+    monkeypatch.setattr(
+        Reader, "_direct", lambda self, path, begin, *rest: past.append(begin) or read(self, path, begin, *rest)
+    )
+    places = read_header(tmp_path / "file")
+    pool = Pool(1 << 30)
+    for make in (Reader, partial(Reader, pool)):
+        with make() as reader:
+            for name, tensor in tensors.items():
+                values = reader.block(places[name], range(len(tensor)), range(1), 1)
+                assert torch.equal(values, tensor), name
+                pool.give_back(values)
+    if direct is None:
+        pytest.skip("this file system cannot do without the page cache")
+    assert past, "at least the first reading found nothing cached"
+
+
+def test_a_file_cut_short_under_the_reader_is_noticed(tmp_path: Path) -> None:
+    shard = Shard(tmp_path / "file", {"t": ("U8", (3 * LARGE, 1))})
+    shard.write_block("t", torch.zeros(3 * LARGE, 1, dtype=torch.uint8), 0, 0, 1)
+    shard.sync()
+    shard.close()
+    place = read_header(tmp_path / "file")["t"]
+    for length in (2 * LARGE, 2 * LARGE + 4096, 2 * LARGE + 5):
+        os.truncate(tmp_path / "file", length)
+        with (tmp_path / "file").open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with Reader() as reader, pytest.raises(PyfoldError, match="cut short while it was being read"):
+            reader.block(place, range(3 * LARGE), range(1), 1)

@@ -216,7 +216,7 @@ class Reader:
         item, dtype = ITEM_SIZE[info.dtype], torch_dtype(info.dtype)
         shape, length = (len(rows), len(columns)), len(columns) * item
         begin = info.begin + (rows.start * width + columns.start) * item
-        if len(columns) == width and len(rows) * length >= LARGE and self._uncached(info.path, begin):
+        if len(columns) == width and len(rows) * length >= LARGE and self._uncached(info.path, begin + len(rows) * length // 2):
             return self._direct(info.path, begin, len(rows) * length, dtype).view(shape)
         part = make(shape, dtype)
         data, file = as_bytes(part), self._open(info.path)
@@ -227,12 +227,12 @@ class Reader:
             read_bytes(file, info.path, begin + i * width * item, data[i * length : (i + 1) * length])
         return part
 
-    def _uncached(self, path: Path, begin: int) -> bool:
-        """Whether reading would go to the disk, and can do without the page cache."""
+    def _uncached(self, path: Path, place: int) -> bool:
+        """Whether a byte would have to be read from the disk, and can be without the page cache."""
         if self._open_direct(path) is None:
             return False
         try:
-            os.preadv(self._open(path), [bytearray(1)], begin, os.RWF_NOWAIT)
+            os.preadv(self._open(path), [bytearray(1)], place, os.RWF_NOWAIT)
         except BlockingIOError:
             return True
         except OSError:  # a file system that cannot say
