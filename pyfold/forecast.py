@@ -122,14 +122,15 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
         seconds += rates.clustering * entries + moved / _MEMORY
         rows = None if cut.strip is None else next(end - begin for begin, end in ops.strips(n, cut.strip))
         groups.append(GroupForecast(group.name, n, k, cut.features, rows, cut.nbytes, sum(flops.values()), seconds))
-    reads = (read for job in make_jobs(checkpoint, plan) for read in reads_of(job, budget))
+    reads = [read for job in make_jobs(checkpoint, plan) for read in reads_of(job, budget)]
     bytes_read = sum(read.info.nbytes if read.rows is None else read.nbytes for read in reads)
+    hashed = sum(read.info.nbytes if read.rows is None else read.nbytes if read.digest else 0 for read in reads)
     folded = {name for group, _ in plan.groups for name in group.tensors}
     others = sum(info.nbytes for name, info in checkpoint.tensors.items() if name not in folded)
     stages = {
         "computing": sum(group.seconds for group in groups) + others / _MEMORY,
         "reading and writing": bytes_read / rates.read + plan.nbytes / rates.write,
-        "hashing": (bytes_read + plan.nbytes) / rates.hash,
+        "hashing": (hashed + plan.nbytes - others) / rates.hash,
     }
     # The stages overlap, but hashing takes its share of the cores from the kernels.
     computing = stages["computing"] + stages["hashing"] / torch.get_num_threads()

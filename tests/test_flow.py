@@ -212,3 +212,21 @@ def test_a_file_cut_short_under_the_reader_is_noticed(tmp_path: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         with Reader() as reader, pytest.raises(PyfoldError, match="cut short while it was being read"):
             reader.block(place, range(3 * LARGE), range(1), 1)
+
+
+def test_numbers_at_odd_offsets_are_read(tmp_path: Path) -> None:
+    """The format does not align them."""
+    values = torch.arange(LARGE, dtype=torch.float32)
+    header = json.dumps(
+        {
+            "odd": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+            "t": {"dtype": "F32", "shape": [LARGE], "data_offsets": [3, 3 + 4 * LARGE]},
+        }
+    ).encode()
+    with (tmp_path / "file").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header + b"abc" + values.numpy().tobytes())
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with Reader() as reader:
+        block = reader.block(read_header(tmp_path / "file")["t"], range(LARGE), range(1), 1)
+    assert torch.equal(block.flatten(), values)

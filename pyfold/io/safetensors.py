@@ -216,8 +216,9 @@ class Reader:
         item, dtype = ITEM_SIZE[info.dtype], torch_dtype(info.dtype)
         shape, length = (len(rows), len(columns)), len(columns) * item
         begin = info.begin + (rows.start * width + columns.start) * item
-        if len(columns) == width and len(rows) * length >= LARGE and self._uncached(info.path, begin + len(rows) * length // 2):
-            return self._direct(info.path, begin, len(rows) * length, dtype).view(shape)
+        n_bytes = len(rows) * length
+        if len(columns) == width and n_bytes >= LARGE and begin % item == 0 and self._uncached(info.path, begin + n_bytes // 2):
+            return self._direct(info.path, begin, n_bytes, dtype).view(shape)
         part = make(shape, dtype)
         data, file = as_bytes(part), self._open(info.path)
         if len(columns) == width:
@@ -250,14 +251,17 @@ class Reader:
         memory = self._pool.block(blocks) if self._pool else empty((blocks,), torch.uint8)
         data, file, done = as_bytes(memory), self._open_direct(path), 0
         assert file is not None
-        while done < skew + n_bytes:
+        while True:
             try:
                 got = os.preadv(file, [data[done : min(done + _MAX_TRANSFER, blocks)]], begin - skew + done)
             except OSError as error:
                 raise OSError(error.errno, f"cannot read: {error.strerror}", str(path)) from None
-            done += got
-            if got == 0 or (got % _DISK_BLOCK and done < skew + n_bytes):  # the file ends here
+            if done + got >= skew + n_bytes:
+                break
+            got -= got % _DISK_BLOCK
+            if got == 0:
                 raise PyfoldError(f"{path}: cut short while it was being read, at byte {begin - skew + done}")
+            done += got
         return memory[skew : skew + n_bytes].view(dtype)
 
     def chunks(self, info: TensorInfo, size: int = 1 << 24) -> Iterator[tuple[int, Tensor]]:
