@@ -21,8 +21,9 @@ sanitize: $(VENV)/.installed
 	tests/sanitize/run
 
 # By hand, on an idle machine: the tables of bench/results. About twenty minutes; BENCHES=inertia, all peers run out, half an hour;
-# BENCHES=stream, a 7B checkpoint folded, ten minutes and 25 GB of disk, of which .cache keeps 13.5; BENCHES=reader, the readers of
-# checkpoints compared, a quarter of an hour, and .cache keeps 3.8 GB.
+# BENCHES=stream, a 7B checkpoint folded, ten minutes and 25 GB of disk, of which .cache keeps 13.5; BENCHES=layer, layers too large
+# for memory, a quarter of an hour and 30 GB, of which .cache keeps 11; BENCHES=reader, the readers of checkpoints compared, a quarter
+# of an hour, and .cache keeps 3.8 GB.
 BENCHES ?= gram clustering after_gram kmeans regimes merge
 bench: $(VENV)/.built
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[bench]' --no-build-isolation
