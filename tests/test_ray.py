@@ -228,10 +228,10 @@ def test_a_task_writes_into_its_own_run_only(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="not of the run"):
         work(ours)
     begin(ours)
-    with pytest.raises(ValueError, match=f"node {platform.node()}: backend 'cpu:none'"):
+    with pytest.raises(OSError, match=f"node {platform.node()}: backend 'cpu:none'"):
         work(ours, "cpu:none")
     begin({**ours, "pyfold": "0.0.1"})
-    with pytest.raises(ValueError, match=f"has pyfold {__version__} instead of 0.0.1"):
+    with pytest.raises(OSError, match=f"has pyfold {__version__} instead of 0.0.1"):
         work({**ours, "pyfold": "0.0.1"})
 
 
