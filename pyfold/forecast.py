@@ -32,6 +32,7 @@ _PROBE_SECONDS = 0.5
 # Seconds per entry of G that are looked at; measured at N = 11008 and 28672 on rows like SmolLM2's, 2 cores of a Xeon with AMX.
 _WARD_START, _WARD_JOIN, _HARTIGAN = 2.8e-9, 1.2e-8, 5.3e-9
 _CLUSTERING_PROBE = (2048, 1638, 0.014)  # N, K, and seconds where those were measured
+_SPILLED = 3e-9  # seconds a byte of G takes longer in a file: written twice over, read row by row (N = 28672)
 _MEMORY = 5e9  # bytes/s of merging, of checking, of making room: two passes at the bandwidth of memory, and page faults
 
 
@@ -120,6 +121,7 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
         moved = sum(info.nbytes + prod(plan.tensors[info.name][1]) * ITEM_SIZE[plan.tensors[info.name][0]] for info in members)
         seconds = sum(flops[info.name] / rates.gram[info.dtype] for info in members)
         seconds += rates.clustering * entries + moved / _MEMORY
+        seconds += _SPILLED * 4 * n * n * (cut.strip is not None)
         rows = None if cut.strip is None else next(end - begin for begin, end in ops.strips(n, cut.strip))
         groups.append(GroupForecast(group.name, n, k, cut.features, rows, cut.nbytes, sum(flops.values()), seconds))
     reads = [read for job in make_jobs(checkpoint, plan) for read in reads_of(job, budget)]
