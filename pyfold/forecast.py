@@ -128,11 +128,13 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
     bytes_read = sum(read.info.nbytes if read.rows is None else read.nbytes for read in reads)
     hashed = sum(read.info.nbytes if read.rows is None else read.nbytes if read.digest else 0 for read in reads)
     folded = {name for group, _ in plan.groups for name in group.tensors}
+    changed = [tensor for name, tensor in plan.tensors.items() if name in folded or tensor[0] != checkpoint.tensors[name].dtype]
+    written = sum(prod(shape) * ITEM_SIZE[dtype] for dtype, shape in changed)  # what is hashed as it is written
     others = sum(info.nbytes for name, info in checkpoint.tensors.items() if name not in folded)
     stages = {
         "computing": sum(group.seconds for group in groups) + others / _MEMORY,
         "reading and writing": bytes_read / rates.read + plan.nbytes / rates.write,
-        "hashing": (hashed + plan.nbytes - others) / rates.hash,
+        "hashing": (hashed + written) / rates.hash,
     }
     # The stages overlap, but hashing takes its share of the cores from the kernels.
     computing = stages["computing"] + stages["hashing"] / torch.get_num_threads()

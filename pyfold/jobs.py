@@ -219,11 +219,14 @@ def _copy(job: Job, room: int, stages: _Stages) -> None:
         to = stages.dtype(info.name)
         for read, values in stages.take(copy_reads(info)):
             stages.advance(read.nbytes, "other weights")
-            converted = values.to(to)
+            converted = values
             if to != values.dtype:
+                converted = stages.pool.empty(tuple(values.shape), to).copy_(values)
                 stages.pool.give_back(values)
                 stages.check_finite(read, converted, f"as {to}")
+            del values
             yield _Block(converted, read.begin, 0)
+            del converted
 
     for info in job.tensors:
         same = stages.dtype(info.name) == torch_dtype(info.dtype)

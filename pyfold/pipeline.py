@@ -127,6 +127,8 @@ def fold_checkpoint(
     config = huggingface.patched_config(checkpoint, family, plan, dtype)
     license = huggingface.source_license(checkpoint)
     sources = [checkpoint.path / "config.json", *{info.path for info in checkpoint.tensors.values()}, *checkpoint.companions()]
+    if trace is not None and Path(trace).exists() and Path(trace).resolve() in {file.resolve() for file in sources}:
+        raise PyfoldError(f"{trace}: the trace would replace a file of the source; choose another")
     stamps = _stamps(sources)
     identity = {"pyfold": __version__, "options": options, "backend": backend, "sources": stamps}
     n_bytes = plan.nbytes + prepared.budget.spilled

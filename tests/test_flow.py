@@ -163,6 +163,10 @@ def test_a_trace_shows_that_stages_overlap(tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert "no/trace.json: No such file" in refused.stderr
     assert not (tmp_path / "other").exists(), "before the work, not after it"
+    shard = next(source.glob("*.safetensors"))
+    before = shard.read_bytes()
+    refused = run_cli("fold", source, tmp_path / "other", "--ratio", "0.25", "--trace", shard)
+    assert (refused.returncode, shard.read_bytes()) == (2, before)
 
 
 def test_whole_tensors_go_past_the_page_cache_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
