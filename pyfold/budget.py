@@ -25,11 +25,11 @@ PIECE = 1 << 24  # bytes of a tensor outside the groups that are in hand
 _PACKED = 40 << 20  # of panels packed by the Gram kernel, unless one panel is more
 _PACKED_ITEM = 8  # bytes of a packed number at most: fp16 on AMX, two operands of two bf16 parts
 _CLUSTERING = 3200  # bytes per unit that Ward, Hartigan and their results take beside G (measured: 3100)
-_COPYING = 3 * PIECE  # a piece as read, as converted, and as it is being read
 _TURNED = 1 << 22  # of a strip on its way to the file
 _SPILLED_PIECE = 4 * PANEL  # features at most, where G is in a file: more would make the strips lower
 _STRIP_ROWS = 2048  # lower strips are worse than smaller pieces
 _SLACK = 32 << 20  # stacks of threads, what a write goes through, small tensors, what the allocator keeps
+_COPYING = 4 * PIECE + (8 << 20)  # a piece as read, as converted to twice its size, as being read; what a write goes through
 
 
 @dataclass(frozen=True)

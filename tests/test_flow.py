@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -234,3 +237,31 @@ def test_numbers_at_odd_offsets_are_read(tmp_path: Path) -> None:
     with Reader() as reader:
         block = reader.block(read_header(tmp_path / "file")["t"], range(LARGE), range(1), 1)
     assert torch.equal(block.flatten(), values)
+
+
+def test_a_file_system_that_refuses_late_is_read_and_written_through_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = torch.randint(0, 256, (3 * LARGE + 77, 1), dtype=torch.uint8)
+    refused: set[int] = set()
+
+    def refuse(call: Callable[..., int]) -> Callable[..., int]:
+        def refusing(file: int, *arguments: object) -> int:
+            if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+                refused.add(file)
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return call(file, *arguments)
+
+        return refusing
+
+    monkeypatch.setattr(os, "pwrite", refuse(os.pwrite))
+    monkeypatch.setattr(os, "preadv", refuse(os.preadv))
+    monkeypatch.setattr(Reader, "_uncached", lambda self, path, place: self._open_direct(path) is not None)
+    shard = Shard(tmp_path / "file", {"t": ("U8", tuple(values.shape))})
+    shard.write_block("t", values, 0, 0, 1)
+    assert shard.complete
+    shard.close()
+    for pool in (None, Pool(1 << 30)):
+        with Reader(pool) as reader:
+            assert torch.equal(reader.block(read_header(tmp_path / "file")["t"], range(len(values)), range(1), 1), values)
+    assert refused or shard._direct is None

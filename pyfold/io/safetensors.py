@@ -6,6 +6,7 @@ this module reads and writes at offsets, so neither end holds more than the tens
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -44,6 +45,8 @@ _MAX_TRANSFER = 1 << 30
 _DISK_BLOCK = 4096
 # Bytes written past it at a time.
 _BOUNCE = 1 << 23
+# How a file system says that it cannot, or how the system says that a rest is no whole block.
+_REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
 _of_thread = threading.local()
 
 
@@ -218,7 +221,9 @@ class Reader:
         begin = info.begin + (rows.start * width + columns.start) * item
         n_bytes = len(rows) * length
         if len(columns) == width and n_bytes >= LARGE and begin % item == 0 and self._uncached(info.path, begin + n_bytes // 2):
-            return self._direct(info.path, begin, n_bytes, dtype).view(shape)
+            values = self._direct(info.path, begin, n_bytes, dtype)
+            if values is not None:
+                return values.view(shape)
         part = make(shape, dtype)
         data, file = as_bytes(part), self._open(info.path)
         if len(columns) == width:
@@ -240,8 +245,11 @@ class Reader:
             pass
         return False
 
-    def _direct(self, path: Path, begin: int, n_bytes: int, dtype: Any) -> Tensor:
-        """From the disk into memory, past the page cache, which costs a tenth of the CPU time; whole blocks of the disk."""
+    def _direct(self, path: Path, begin: int, n_bytes: int, dtype: Any) -> Tensor | None:
+        """From the disk into memory, past the page cache, which costs a tenth of the CPU time; whole blocks of the disk.
+
+        None where the file system opens files for that and then does not do it.
+        """
         import torch
 
         from pyfold.memory import empty
@@ -255,6 +263,12 @@ class Reader:
             try:
                 got = os.preadv(file, [data[done : min(done + _MAX_TRANSFER, blocks)]], begin - skew + done)
             except OSError as error:
+                if error.errno in _REFUSED:
+                    os.close(file)
+                    self._direct_files[path] = None
+                    if self._pool:
+                        self._pool.give_back(memory)
+                    return None
                 raise OSError(error.errno, f"cannot read: {error.strerror}", str(path)) from None
             if done + got >= skew + n_bytes:
                 break
@@ -390,7 +404,14 @@ class Shard:
         for at in range(first, last, _BOUNCE):
             piece = bounce[: min(_BOUNCE, last - at)]
             piece[:] = data[at - offset : at - offset + len(piece)]
-            write_bytes(self._direct, self.path, at, piece)
+            try:
+                write_bytes(self._direct, self.path, at, piece)
+            except OSError as error:
+                if error.errno not in _REFUSED:
+                    raise
+                os.close(self._direct)
+                self._direct = None
+                return write_bytes(self._file, self.path, at, data[at - offset :])
         write_bytes(self._file, self.path, last, data[last - offset :])
 
 
