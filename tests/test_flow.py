@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -141,6 +142,31 @@ def test_a_failure_outside_drops_what_was_not_done() -> None:
         raise ValueError("enough")
     time.sleep(0.1)
     assert threading.active_count() == before
+
+
+def test_no_number_of_interrupts_leaves_a_thread_at_work() -> None:
+    done: list[bool] = []
+
+    def slow() -> None:
+        for _ in range(20):
+            time.sleep(0.01)
+        done.append(True)
+
+    def run() -> None:
+        with Behind() as behind:
+            behind.put(1, slow)
+            time.sleep(0.02)  # it has begun
+            for delay in (0.02, 0.06):
+                threading.Timer(delay, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert done == [True]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_trace_shows_that_stages_overlap(tmp_path: Path) -> None:

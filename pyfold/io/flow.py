@@ -19,7 +19,8 @@ class _Stage:
     def __init__(self, name: str) -> None:
         self._held = 0  # bytes
         self._changed = threading.Condition()
-        self._stopped = False
+        self._stopped = False  # or asked to stop
+        self._ended = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._guarded, name=name, daemon=True)
 
@@ -31,15 +32,24 @@ class _Stage:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+        self._ended.set()
 
     def _work(self) -> None:
         raise NotImplementedError
 
     def _stop(self) -> None:
+        """Until the thread is done, however often Ctrl-C is pressed: it reads and writes files that will then be closed."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
-        self._thread.join()
+        pressed: KeyboardInterrupt | None = None
+        while not self._ended.is_set():
+            try:
+                self._ended.wait()
+            except KeyboardInterrupt as again:
+                pressed = again
+        if pressed:
+            raise pressed
 
 
 class Ahead(_Stage, Generic[T]):
