@@ -72,8 +72,8 @@ class Budget:
         What may be copied and not yet written.
     spare : int
         What may lie idle, to be used again, beyond that.
-    buffers : int
-        What tensors that are read, computed with or written may take together with those that lie idle.
+    kernels : int
+        What the kernels allocate, and what is small.
     """
 
     process: int
@@ -81,7 +81,7 @@ class Budget:
     ahead: int
     behind: int
     spare: int
-    buffers: int
+    kernels: int
 
     @property
     def spilled(self) -> int:
@@ -91,8 +91,13 @@ class Budget:
     @property
     def peak(self) -> int:
         """Bytes at most: VmHWM of the process."""
+        return self.process + self.kernels + self.buffers
+
+    @property
+    def buffers(self) -> int:
+        """What tensors that are read, computed with or written may take together with those that lie idle."""
         busiest = max([_COPYING + self.behind, *(group.nbytes for group in self.groups.values())])
-        return self.process + busiest + self.ahead + self.spare
+        return busiest - self.kernels + self.ahead + self.spare
 
 
 def return_memory_at_once() -> None:
@@ -135,10 +140,9 @@ def make_budget(checkpoint: Checkpoint, plan: Plan, host_memory: int, process: i
     groups = {
         name: replace(cut, nbytes=cut.nbytes + behind, behind=behind) if cut.features else cut for name, cut in takes.items()
     }
-    takes_most = max([_COPYING + behind, *(cut.nbytes for cut in groups.values())])
-    spare = min(room - ahead - takes_most, max(pieces))
     kernels = _SLACK + max(_kernel_bytes(group, k, takes[group.name].strip) for group, k in plan.groups)
-    return Budget(process, groups, ahead, behind, spare, takes_most + ahead + spare - kernels)
+    budget = Budget(process, groups, ahead, behind, 0, kernels)
+    return replace(budget, spare=min(host_memory - budget.peak, max(pieces)))
 
 
 def _least(group: FoldGroup, k: int, checkpoint: Checkpoint, spills: bool) -> int:
