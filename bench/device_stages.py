@@ -160,9 +160,9 @@ def gram(out: Path) -> list[Row]:
         whole = seconds(lambda x=x, g=g: cuda._add_product(x, x.T, g, False), repeats)
         took = seconds(lambda x=x, g=g: ops.gram(x, out=g, backend="cuda"), repeats)
         rows.append(row(f"gram {name}", took, flops, ceiling=limit[name], contender="torch.mm, full", contender_s=whole))
-    x, chosen = torch.randn(N, D, device="cuda", dtype=torch.float16), cuda._PANEL
+    x, chosen = torch.randn(N, D, device="cuda", dtype=torch.float16), cuda.PANEL
     for panel in (512, 768, 1024, 1408, 2048, 2816):  # is the constant in pyfold/ops/cuda.py this device's best?
-        cuda._PANEL = panel
+        cuda.PANEL = panel
         took = seconds(lambda: ops.gram(x, out=g, backend="cuda"), 5)
         note = "chosen" if panel == chosen else ""
         rows.append(row(f"gram float16, panels of {panel}", took, flops, ceiling=limit["float16"], note=note))

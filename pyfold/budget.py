@@ -3,6 +3,8 @@
 A group in hand is its Gram matrix, its weights, and what the kernels work in. Weights that do not fit beside the rest are read
 in pieces of their features, once for the Gram matrix and once for merging. A Gram matrix that does not fit is computed in
 strips of its rows, for each of which the weights are read, and kept in a file. The result is the same to the bit.
+
+Where a GPU computes, what it takes is cut first (``gpu_budget``), and G is here only in a file.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ from math import prod
 
 import torch
 
-from pyfold import ops
+from pyfold import gpu_budget, ops
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
+from pyfold.gpu_budget import Buffers
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.safetensors import ITEM_SIZE, TensorInfo
 from pyfold.plan import Plan
@@ -74,6 +77,8 @@ class Budget:
         What may lie idle, to be used again, beyond that.
     kernels : int
         What the kernels allocate, and what is small.
+    gpu : dict of str to Buffers
+        What each group takes on the GPU, where there is one.
     """
 
     process: int
@@ -82,6 +87,7 @@ class Budget:
     behind: int
     spare: int
     kernels: int
+    gpu: dict[str, Buffers]
 
     @property
     def spilled(self) -> int:
@@ -92,6 +98,16 @@ class Budget:
     def peak(self) -> int:
         """Bytes at most: VmHWM of the process."""
         return self.process + self.kernels + self.buffers
+
+    @property
+    def gpu_peak(self) -> int | None:
+        """Bytes at most that torch reserves on the GPU."""
+        return max((buffers.peak for buffers in self.gpu.values()), default=None)
+
+    @property
+    def clustered_on_host(self) -> list[str]:
+        """Groups whose strips a GPU computes and that are clustered here, on which the result depends."""
+        return [name for name in self.gpu if self.groups[name].strip is not None]
 
     @property
     def buffers(self) -> int:
@@ -108,10 +124,19 @@ def return_memory_at_once() -> None:
         libc.mallopt(m_mmap_threshold, 1 << 20)
 
 
-def make_budget(checkpoint: Checkpoint, plan: Plan, host_memory: int, process: int, *, spills: bool = True) -> Budget:
+def make_budget(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    host_memory: int,
+    process: int,
+    *,
+    spills: bool = True,
+    gpu_memory: int | None = None,
+) -> Budget:
     """Cut every group so that the process stays below ``host_memory`` bytes, no finer than that takes.
 
-    With ``spills`` a Gram matrix may go to a file, which the backend must be able to cluster.
+    With ``spills`` a Gram matrix may go to a file, which the backend must be able to cluster. With ``gpu_memory`` a GPU
+    computes, and takes no more than that.
 
     What is left goes to reading ahead, then to writing behind: no more than the largest tensor read at once, and the largest
     group folded.
@@ -122,14 +147,19 @@ def make_budget(checkpoint: Checkpoint, plan: Plan, host_memory: int, process: i
         If a group does not fit however finely it is cut; names the least that would do.
     """
     room = host_memory - process
-    leasts = {group.name: _least(group, k, checkpoint, spills) for group, k in plan.groups}
+    if gpu_memory is None:
+        ways = {group.name: _Way(gpu=False, spills=spills) for group, _ in plan.groups}
+    else:
+        limits = gpu_budget.strip_limits(checkpoint, plan, gpu_memory, spills=spills)
+        ways = {name: _Way(gpu=True, spills=limit is not None, strip=limit) for name, limit in limits.items()}
+    leasts = {group.name: _least(group, k, checkpoint, ways[group.name]) for group, k in plan.groups}
     name = max(leasts, key=lambda name: leasts[name])
     if room < max(leasts[name], _COPYING):
         needs = max(leasts[name], _COPYING) + process
         raise PyfoldError(
             f"host_memory: {name} needs at least {needs / 2**20:.0f} MiB ({needs:,} bytes), got {host_memory / 2**20:.0f} MiB"
         )
-    takes = {group.name: _cut(group, k, checkpoint, room) for group, k in plan.groups}
+    takes = {group.name: _cut(group, k, checkpoint, room, ways[group.name]) for group, k in plan.groups}
     pieces, results = [2 * PIECE], [2 * PIECE]
     for group, _ in plan.groups:
         features = takes[group.name].features
@@ -140,39 +170,60 @@ def make_budget(checkpoint: Checkpoint, plan: Plan, host_memory: int, process: i
     groups = {
         name: replace(cut, nbytes=cut.nbytes + behind, behind=behind) if cut.features else cut for name, cut in takes.items()
     }
-    kernels = _SLACK + max(_kernel_bytes(group, k, takes[group.name].strip) for group, k in plan.groups)
-    budget = Budget(process, groups, ahead, behind, 0, kernels)
+    on_gpu = gpu_memory is not None
+    kernels = _SLACK + max(_kernel_bytes(group, k, takes[group.name].strip, on_gpu) for group, k in plan.groups)
+    gpu = {group.name: gpu_budget.buffers(group, k, checkpoint, plan, takes[group.name].strip) for group, k in plan.groups}
+    budget = Budget(process, groups, ahead, behind, 0, kernels, gpu if on_gpu else {})
     return replace(budget, spare=min(host_memory - budget.peak, max(pieces)))
 
 
-def _least(group: FoldGroup, k: int, checkpoint: Checkpoint, spills: bool) -> int:
+@dataclass(frozen=True)
+class _Way:
+    """Whether a GPU computes a group's Gram matrix, whether that may lie in a file, and how many bytes of it a GPU has room for;
+    None is all."""
+
+    gpu: bool
+    spills: bool
+    strip: int | None = None
+
+    @property
+    def panel(self) -> int:
+        """Features by which weights are cut."""
+        return gpu_budget.PANEL if self.gpu else PANEL
+
+    def least_strip(self, group: FoldGroup) -> int:
+        return gpu_budget.row_of_panels(group) if self.gpu else ops.LEAST_ROWS * 4 * group.width
+
+
+def _least(group: FoldGroup, k: int, checkpoint: Checkpoint, way: _Way) -> int:
     """Bytes with which the group can be folded in some way."""
-    strips = [None, _row_of_tiles(group)] if spills else [None]
-    return min(group_bytes(group, k, checkpoint, features, strip) for features in (None, PANEL) for strip in strips)
+    strips = ([None] if way.strip is None else []) + ([way.least_strip(group)] if way.spills else [])
+    return min(
+        group_bytes(group, k, checkpoint, features, strip, gpu=way.gpu) for features in (None, way.panel) for strip in strips
+    )
 
 
-def _cut(group: FoldGroup, k: int, checkpoint: Checkpoint, room: int) -> GroupBudget:
+def _cut(group: FoldGroup, k: int, checkpoint: Checkpoint, room: int, way: _Way) -> GroupBudget:
     """The best way to fold a group in so many bytes, which must do for one."""
-    n = group.width
+    n, panel = group.width, way.panel
     whole = sum(checkpoint.tensors[name].nbytes for name in group.tensors)
     most = max(checkpoint.tensors[name].n_parameters // n for name in group.tensors)
-    sizes = range(-(-most // PANEL) * PANEL, 0, -PANEL)
-    for features in (None, *sizes):
-        nbytes = group_bytes(group, k, checkpoint, features)
+    sizes = range(-(-most // panel) * panel, 0, -panel)
+    for features in (None, *sizes) if way.strip is None else ():
+        nbytes = group_bytes(group, k, checkpoint, features, gpu=way.gpu)
         if nbytes <= room:
             return GroupBudget(features, None, nbytes, whole if features is None else 0)
+    least = way.least_strip(group)
     for features in (size for size in sizes if size <= _SPILLED_PIECE):
         piece = max(_piece_bytes(checkpoint.tensors[name], n, features) for name in group.tensors)
-        left = room - group_bytes(group, k, checkpoint, features, _row_of_tiles(group))
-        strip = _row_of_tiles(group) + max(0, left - 2 * piece)  # one read ahead, one written behind
-        if strip >= min(n, _STRIP_ROWS) * 4 * n:
+        left = room - group_bytes(group, k, checkpoint, features, least, gpu=way.gpu)
+        strip = least + max(0, left - 2 * piece)  # one read ahead, one written behind
+        if way.strip is not None:
+            strip = min(strip, way.strip)
+        if strip >= min(n, _STRIP_ROWS) * 4 * n or strip == way.strip:
             break
     disk = ops.disk_bytes(n, k)
-    return GroupBudget(features, strip, group_bytes(group, k, checkpoint, features, strip), 0, disk)
-
-
-def _row_of_tiles(group: FoldGroup) -> int:
-    return ops.LEAST_ROWS * 4 * group.width
+    return GroupBudget(features, strip, group_bytes(group, k, checkpoint, features, strip, gpu=way.gpu), 0, disk)
 
 
 def _piece_bytes(info: TensorInfo, width: int, features: int | None) -> int:
@@ -180,8 +231,13 @@ def _piece_bytes(info: TensorInfo, width: int, features: int | None) -> int:
     return width * min(extent, features or extent) * ITEM_SIZE[info.dtype]
 
 
-def group_bytes(group: FoldGroup, k: int, checkpoint: Checkpoint, features: int | None, strip: int | None = None) -> int:
-    """Peak of folding a group with so many features of a weight in hand, and so many bytes of G, or all of it."""
+def group_bytes(
+    group: FoldGroup, k: int, checkpoint: Checkpoint, features: int | None, strip: int | None = None, *, gpu: bool = False
+) -> int:
+    """Peak of folding a group with so many features of a weight in hand, and so many bytes of G, or all of it.
+
+    With ``gpu`` all of G is not here, and beside what is in hand something is still being copied up.
+    """
     n = group.width
     whole, pieces, merged = 0, 0, 0
     for name in group.tensors:
@@ -191,13 +247,19 @@ def group_bytes(group: FoldGroup, k: int, checkpoint: Checkpoint, features: int 
         pieces = max(pieces, _piece_bytes(info, n, features))
         merged = max(merged, k * min(extent, features or extent) * 4)  # a result may be fp32
     in_hand, kept = (whole, whole) if features is None else (pieces, 0)
-    gram, clustered = (4 * n * n, 4 * n * n) if strip is None else (strip + _TURNED, 0)
-    return max(gram + in_hand + _packed(n), clustered + kept + _clustering(n, k, strip), in_hand + merged) + _SLACK
+    if strip is None:
+        gram = clustered = 0 if gpu else 4 * n * n
+    else:
+        gram, clustered = strip + _TURNED, 0
+    if gpu:
+        in_hand += pieces
+    packed = 0 if gpu else _packed(n)
+    return max(gram + in_hand + packed, clustered + kept + _clustering(n, k, strip), in_hand + merged) + _SLACK
 
 
-def _kernel_bytes(group: FoldGroup, k: int, strip: int | None) -> int:
+def _kernel_bytes(group: FoldGroup, k: int, strip: int | None, gpu: bool) -> int:
     """What the kernels of a group allocate."""
-    return max(_packed(group.width), _clustering(group.width, k, strip))
+    return max(0 if gpu else _packed(group.width), _clustering(group.width, k, strip))
 
 
 def _packed(n: int) -> int:

@@ -75,6 +75,8 @@ def _fold(args: argparse.Namespace) -> None:
             max_shard_size=args.max_shard_size,
             overwrite=args.overwrite,
             host_memory=args.host_memory,
+            device=args.device,
+            gpu_memory=args.gpu_memory,
             backend=args.backend,
             trace=args.trace,
             ray=args.ray,
@@ -165,6 +167,8 @@ def _plan(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         max_shard_size="5GB",
         host_memory=args.host_memory,
+        device=args.device,
+        gpu_memory=args.gpu_memory,
         backend=args.backend,
     )
     found = forecast(prepared, Path(args.destination) if args.destination else None)
@@ -343,9 +347,21 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         "pieces, to the same result",
     )
     parser.add_argument(
+        "--device",
+        default="cpu",
+        help="what computes: cpu (default: the result then does not depend on the machine), cuda or cuda:N",
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        metavar="SIZE",
+        help="what tensors may take of the GPU at most, as in 1GiB (default: what is free); a Gram matrix that does not fit is "
+        "computed there and clustered on the host",
+    )
+    parser.add_argument(
         "--backend",
         default="auto",
-        help="auto (default), cpu, cpu:LEVEL (amx, avx512bf16, avx512, avx2, baseline) or reference",
+        help="of what computes on the host: auto (default), cpu, cpu:LEVEL (amx, avx512bf16, avx512, avx2, baseline) or "
+        "reference",
     )
 
 

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,16 @@ import torch
 
 from pyfold import ops
 from pyfold.clustering import cluster
+from pyfold.gpu_budget import PANEL
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.safetensors import ITEM_SIZE, torch_dtype
 from pyfold.jobs import make_jobs, reads_of
-from pyfold.memory import empty
+from pyfold.memory import Pool, empty
 from pyfold.pipeline import Prepared
+from pyfold.reads import gram_reads, strips_of
+from pyfold.streams import Gpu
 
+_COPIED_ROWS = 1 << 14  # of a panel on its way to a GPU, and back: 32 MiB
 _DISK_BYTES = 1 << 27  # of a probe, unless half a second is over before
 _PROBE_SECONDS = 0.5
 # Seconds per entry of G that are looked at; measured at N = 11008 and 28672 on rows like SmolLM2's, 2 cores of a Xeon with AMX.
@@ -38,13 +43,18 @@ _MEMORY = 5e9  # bytes/s of merging, of checking, of making room: two passes at 
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s of the half product by dtype; clustering, x as slow as where it was measured; bytes/s of the others."""
+    """FLOP/s of the half product by dtype; clustering, x as slow as where it was measured; bytes/s of the others.
+
+    ``up`` and ``down``: to and from a GPU; infinite without one.
+    """
 
     gram: dict[str, float]
     clustering: float
     hash: float
     read: float
     write: float
+    up: float
+    down: float
 
 
 @dataclass(frozen=True)
@@ -76,11 +86,13 @@ class Forecast:
     disk_free, disk_needed : int
         Of the destination.
     seconds : float
-    computing, reading_and_writing, hashing : float
-        Seconds each would take alone.
+    computing, reading_and_writing, hashing, copying : float
+        Seconds each would take alone; copying is to and from a GPU.
     limited_by : str
         The longest of these.
     rates : Rates
+    gpu_peak, gpu_held : int or None
+        What torch reserves of a GPU at most, and what context and libraries hold of it.
     """
 
     groups: list[GroupForecast]
@@ -97,8 +109,11 @@ class Forecast:
     computing: float
     reading_and_writing: float
     hashing: float
+    copying: float
     limited_by: str
     rates: Rates
+    gpu_peak: int | None
+    gpu_held: int | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -110,19 +125,24 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
     checkpoint, plan, budget = prepared.checkpoint, prepared.plan, prepared.budget
     dtypes = {checkpoint.tensors[name].dtype for group, _ in plan.groups for name in group.tensors}
     where = _existing(destination or checkpoint.path)
-    rates = probe(checkpoint, dtypes, where if destination else None, prepared.backend)
-    groups = []
+    rates = probe(prepared, dtypes, where if destination else None)
+    groups, up, down = [], 0, 0
     for group, k in plan.groups:
         members = [checkpoint.tensors[name] for name in group.tensors]
         n, cut = group.width, budget.groups[group.name]
         flops = {info.name: float(n) * info.n_parameters for info in members}
         joins = n - k
         entries = n * (_WARD_START * n + _WARD_JOIN * joins + _HARTIGAN * min(n, 2 * joins))
-        moved = sum(info.nbytes + prod(plan.tensors[info.name][1]) * ITEM_SIZE[plan.tensors[info.name][0]] for info in members)
+        made = sum(prod(plan.tensors[info.name][1]) * ITEM_SIZE[plan.tensors[info.name][0]] for info in members)
+        moved = sum(info.nbytes for info in members) + made
+        strips = strips_of(group, cut)
+        up += sum(read.nbytes for begin, _ in strips for read in gram_reads(group, members, cut, begin) if read.rows)
+        up += sum(info.nbytes for info in members)
+        down += made + 4 * sum((end - begin) * (n - begin) for begin, end in strips if cut.strip is not None)
         seconds = sum(flops[info.name] / rates.gram[info.dtype] for info in members)
         seconds += rates.clustering * entries + moved / _MEMORY
         seconds += _SPILLED * 4 * n * n * (cut.strip is not None)
-        rows = None if cut.strip is None else next(end - begin for begin, end in ops.strips(n, cut.strip))
+        rows = None if cut.strip is None else strips[0][1]
         groups.append(GroupForecast(group.name, n, k, cut.features, rows, cut.nbytes, sum(flops.values()), seconds))
     reads = [read for job in make_jobs(checkpoint, plan) for read in reads_of(job, budget)]
     bytes_read = sum(read.info.nbytes if read.rows is None else read.nbytes for read in reads)
@@ -135,6 +155,7 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
         "computing": sum(group.seconds for group in groups) + others / _MEMORY,
         "reading and writing": bytes_read / rates.read + plan.nbytes / rates.write,
         "hashing": (hashed + written) / rates.hash,
+        "copying to and from the GPU": max(up / rates.up, down / rates.down),
     }
     # The stages overlap, but hashing takes its share of the cores from the kernels.
     computing = stages["computing"] + stages["hashing"] / torch.get_num_threads()
@@ -150,37 +171,68 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
         bytes_written=plan.nbytes,
         disk_free=shutil.disk_usage(where).free,
         disk_needed=plan.nbytes + budget.spilled,
-        seconds=max(computing, stages["reading and writing"]),
+        seconds=max(computing, *stages.values()),
         computing=stages["computing"],
         reading_and_writing=stages["reading and writing"],
         hashing=stages["hashing"],
+        copying=stages["copying to and from the GPU"],
         limited_by=limited_by,
         rates=rates,
+        gpu_peak=budget.gpu_peak,
+        gpu_held=prepared.gpu.held if prepared.gpu else None,
     )
 
 
-def probe(checkpoint: Checkpoint, dtypes: set[str], destination: Path | None, backend: str) -> Rates:
+def probe(prepared: Prepared, dtypes: set[str], destination: Path | None) -> Rates:
     """Measure the rates: about a second, at most 3."""
+    gpu, backend, device = prepared.gpu, prepared.backend, torch.device("cpu")
+    up = down = float("inf")
+    if gpu:
+        up, down = _copy_rates(gpu)
+        backend, device = gpu.backend, gpu.device
+
+    def best(action: Callable[[], object], seconds: float) -> float:
+        return _best(lambda: gpu.kernels.put(action).synchronize() if gpu else action(), seconds)
+
     generator = torch.Generator().manual_seed(0)
     n, d = 4096, 4096  # large enough that G is not what counts
     x = torch.randn(n, d, generator=generator)
-    gram = empty((n, n), torch.float32)
+    gram = gpu.empty((n, n), torch.float32) if gpu else empty((n, n), torch.float32)
     speeds = {}
     for dtype in sorted(dtypes):
-        points = x.to(torch_dtype(dtype))
-        speeds[dtype] = n * n * d / _best(lambda points=points: ops.gram(points, out=gram, backend=backend), 0.6 / len(dtypes))  # type: ignore[misc]
+        points = x.to(device, torch_dtype(dtype))
+        multiply = partial(ops.gram, points, out=gram, backend=backend)
+        speeds[dtype] = n * n * d / best(multiply, 0.6 / len(dtypes))
+    if prepared.budget.clustered_on_host:
+        gpu, backend, device = None, prepared.backend, torch.device("cpu")
     n, k, seconds = _CLUSTERING_PROBE
-    gram = ops.gram(x[:n, :1024].contiguous(), backend=backend)
-    clustering = _best(lambda: cluster(gram=gram, n_clusters=k, overwrite_gram=True, backend=backend), 0.4) / seconds
+    gram = ops.gram(x[:n, :1024].to(device).contiguous(), backend=backend)
+    clustering = best(partial(cluster, gram=gram, n_clusters=k, overwrite_gram=True, backend=backend), 0.4) / seconds
     blob = bytes(1 << 25)
-    read = _read_rate(checkpoint)
+    read = _read_rate(prepared.checkpoint)
     return Rates(
         gram=speeds,
         clustering=clustering,
         hash=len(blob) / _best(lambda: hashlib.sha256(blob), 0.1),
         read=read,
         write=read if destination is None else _write_rate(destination),
+        up=up,
+        down=down,
     )
+
+
+def _copy_rates(gpu: Gpu) -> tuple[float, float]:
+    """Of panels as wide as fp16 ones are, to the GPU and back."""
+    with Pool(0, gpu.pin, gpu.unpin) as pool:
+        here = pool.empty((_COPIED_ROWS, 8 * PANEL), torch.float16)[:, :PANEL]
+        there = gpu.empty((_COPIED_ROWS, PANEL), torch.float16)
+        here.zero_()
+        rates = [
+            there.nbytes / _best(lambda queue=queue, way=way: queue.put(partial(gpu.copy, *way)).synchronize(), 0.05)  # type: ignore[misc]
+            for queue, way in ((gpu.up, (there, here)), (gpu.down, (here, there)))
+        ]
+        gpu.release()
+    return rates[0], rates[1]
 
 
 def _best(action: Callable[[], object], seconds: float) -> float:

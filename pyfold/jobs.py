@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pyfold import ops
 from pyfold.budget import Budget, GroupBudget
-from pyfold.clustering import Clustering, cluster
+from pyfold.clustering import Clustering
+from pyfold.device import Device, OnGpu, OnHost
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
 from pyfold.io.checkpoint import Checkpoint
@@ -29,6 +30,7 @@ from pyfold.memory import Pool
 from pyfold.plan import Plan
 from pyfold.reads import Piece, Read, copy_reads, gram_reads, merge_reads, perform, sha256_of, strips_of
 from pyfold.report import GroupReport
+from pyfold.streams import Gpu
 from pyfold.trace import Trace
 
 _RECORDED = 1 << 28  # bytes of tensors outside the groups that are written between two lines of the journal
@@ -104,6 +106,7 @@ def run_jobs(
     record: Callable[[Finished], None],
     advance: Advance,
     trace: Trace,
+    gpu: Gpu | None = None,
 ) -> None:
     """Do the jobs, in order. ``record`` is called, from another thread, with each that is on the disk."""
 
@@ -112,12 +115,16 @@ def run_jobs(
             output.sync()
             record(finished)
 
-    pool = Pool(budget.buffers)
-    with Reader(pool) as reader, Behind() as behind:
+    with (
+        Pool(budget.buffers, gpu.pin, gpu.unpin) if gpu else Pool(budget.buffers) as pool,
+        Reader(pool) as reader,
+        Behind() as behind,
+    ):
+        device = OnGpu(gpu, budget.gpu, backend, pool) if gpu else OnHost(backend, pool)
         reads = ((read.nbytes, partial(perform, reader, read, trace)) for job in jobs for read in reads_of(job, budget))
         with Ahead(reads, budget.ahead) as ahead:
             for job in jobs:
-                stages = _Stages(ahead, behind, output, plan, backend, advance, trace, pool)
+                stages = _Stages(ahead, behind, output, plan, backend, advance, trace, pool, device)
                 if job.group:
                     report = _Fold(job, job.group, budget.groups[job.group.name], stages).run()
                 else:
@@ -127,11 +134,12 @@ def run_jobs(
 
 
 class _Block(NamedTuple):
-    """What is written (rows, columns), and from which row and column on."""
+    """What is written (rows, columns), and from which row and column on; what to call before it is read."""
 
     values: Tensor
     row: int
     column: int
+    settle: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,7 @@ class _Stages:
     advance: Advance
     trace: Trace
     pool: Pool
+    device: Device
     source: dict[str, str] = field(default_factory=dict)
     result: dict[str, str] = field(default_factory=dict)
 
@@ -188,6 +197,7 @@ class _Stages:
             self.behind.wait(max(0, n_bytes))
 
     def _write(self, name: str, block: _Block, width: int, digest: Any) -> None:
+        block.settle()
         if digest:
             with self.trace("hash", tensor=name):
                 digest.update(as_bytes(block.values))
@@ -225,7 +235,7 @@ def _copy(job: Job, room: int, stages: _Stages) -> None:
                 stages.pool.give_back(values)
                 stages.check_finite(read, converted, f"as {to}")
             del values
-            yield _Block(converted, read.begin, 0)
+            yield _Block(converted, read.begin, 0, lambda: None)
             del converted
 
     for info in job.tensors:
@@ -248,17 +258,11 @@ class _Fold:
 
     def run(self) -> GroupReport:
         group, k, stages = self.group, self.job.n_clusters, self.stages
-        with self._gram() as gram, stages.trace("cluster", group=group.name):
-            try:
-                clusters = cluster(gram=gram, n_clusters=k, overwrite_gram=True, backend=stages.backend)
-            except ValueError as error:
-                raise PyfoldError(f"{self.job.tensors[0].path}: {group.name} cannot be clustered: {error}") from None
-            if isinstance(gram, Tensor):
-                stages.pool.give_back(gram)
-            del gram
-        for info in self.job.tensors:
-            width = k if info.name in group.consumers else info.n_parameters // group.width
-            stages.write(info.name, self._merged(info, clusters), width, self._room)
+        with stages.device.group(group.name):
+            clusters = self._clusters()
+            for info in self.job.tensors:
+                width = k if info.name in group.consumers else info.n_parameters // group.width
+                stages.write(info.name, self._merged(info, clusters), width, self._room)
         return GroupReport(
             name=group.name,
             layer=group.layer,
@@ -275,54 +279,48 @@ class _Fold:
         """Bytes for what waits to be written."""
         return self.cut.behind - sum(values.nbytes for _, values in self.held.values())
 
-    @contextmanager
-    def _gram(self) -> Iterator[Tensor | ops.GramFile]:
-        """The group's Gram matrix: in memory, or, strip by strip, in a file."""
-        group, cut, stages = self.group, self.cut, self.stages
+    def _clusters(self) -> Clustering:
+        """By the group's Gram matrix: in memory, or, strip by strip, in a file."""
+        group, cut, stages, device = self.group, self.cut, self.stages, self.stages.device
         largest = max(read.nbytes for read in gram_reads(group, self.job.tensors, cut, 0))
         stages.wait(self._room() - largest)
         with nullcontext() if cut.strip is None else ops.GramFile(stages.output.scratch(), group.width) as file:
             for begin, end in strips_of(group, cut):
-                strip = stages.pool.empty((end - begin, group.width - begin), torch.float32)
-                accumulate = False
+                device.strip(end - begin, group.width - begin)
                 for read, values in stages.take(gram_reads(group, self.job.tensors, cut, begin)):
-                    name, consumer = read.info.name, read.info.name in group.consumers
-                    gram = partial(ops.gram, rows=end - begin, out=strip, backend=stages.backend)
+                    name = read.info.name
                     with stages.trace("gram", tensor=name):
-                        gram(values, accumulate=accumulate, transposed=consumer)
-                    accumulate = True
+                        device.gram(values, transposed=name in group.consumers)
                     if cut.features is None:
                         self.held[name] = (read, values)
                     else:
-                        stages.pool.give_back(values)
+                        device.give_back(values)
                     if begin == 0:
                         stages.advance(read.nbytes, group.name)
                     del values
                     stages.wait(self._room() - largest)
                 if file:
                     with stages.trace("spill", rows=end - begin):
-                        file.write(strip)
-                    stages.pool.give_back(strip)
-                    del strip
-            yield file or strip
+                        device.spill(file)
+            with stages.trace("cluster", group=group.name):
+                try:
+                    return device.cluster(self.job.n_clusters, file)
+                except ValueError as error:
+                    raise PyfoldError(f"{self.job.tensors[0].path}: {group.name} cannot be clustered: {error}") from None
 
     def _merged(self, info: TensorInfo, clusters: Clustering) -> Iterator[_Block]:
         """A member with its clusters merged, as it is held or in pieces."""
-        stages, consumer, k = self.stages, info.name in self.group.consumers, clusters.n_clusters
-        merge = ops.merge_columns if consumer else ops.merge_rows
+        stages, consumer = self.stages, info.name in self.group.consumers
         again = stages.take(merge_reads(self.group, info, self.cut))
         for read, values in again if self.cut.features else self._let_go(info.name):
-            shape = (len(values), k) if consumer else (k, values.shape[1])
+            check = partial(stages.check_finite, read, what="folded")
             with stages.trace("merge", tensor=info.name):
-                block = merge(
-                    values, clusters.labels, k, out=stages.pool.empty(shape, stages.dtype(info.name)), backend=stages.backend
-                )
-            stages.pool.give_back(values)
+                merged = stages.device.merge(values, clusters, stages.dtype(info.name), check, consumer=consumer)
+            stages.device.give_back(values)
             del values
-            stages.check_finite(read, block, "folded")
             assert read.rows is not None
-            yield _Block(block, read.rows.start if consumer else 0, read.columns.start)
-            del block
+            yield _Block(merged.values, read.rows.start if consumer else 0, read.columns.start, merged.settle)
+            del merged
 
     def _let_go(self, name: str) -> Iterator[tuple[Read, Tensor]]:
         yield self.held.pop(name)

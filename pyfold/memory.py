@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from math import prod
 
@@ -38,18 +39,32 @@ def _pages(n_bytes: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
+def _no(block: Tensor) -> None:
+    """Nothing is to be done."""
+
+
 class Pool:
     """Large tensors from memory that is used again once it is given back; any thread may do either.
 
-    A block does not lie idle where with it more than ``limit`` bytes would be in existence.
+    A block does not lie idle where with it more than ``limit`` bytes would be in existence. ``pin`` is called with each that is
+    new, ``unpin`` before it goes, at the latest when a ``with`` block ends.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, pin: Callable[[Tensor], None] = _no, unpin: Callable[[Tensor], None] = _no) -> None:
         self._limit = limit
+        self._pin, self._unpin = pin, unpin
         self._exist = 0  # bytes, lent or idle
         self._lent: dict[int, Tensor] = {}  # address -> block
         self._idle: list[Tensor] = []
         self._lock = threading.Lock()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for block in (*self._idle, *self._lent.values()):
+            self._drop(block)
+        self._idle, self._lent = [], {}
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """``torch.empty`` on the CPU, to be given back."""
@@ -65,8 +80,9 @@ class Pool:
                 self._idle = [other for other in self._idle if other is not block]
             else:
                 while self._idle and self._exist + n_bytes > self._limit:
-                    self._exist -= len(self._idle.pop(0))
+                    self._drop(self._idle.pop(0))
                 block = _pages(n_bytes)
+                self._pin(block)
                 self._exist += n_bytes
             self._lent[block.data_ptr()] = block
         return block
@@ -78,6 +94,10 @@ class Pool:
             if block is None:
                 return
             if self._exist > self._limit:
-                self._exist -= len(block)
+                self._drop(block)
             else:
                 self._idle.append(block)
+
+    def _drop(self, block: Tensor) -> None:
+        self._unpin(block)
+        self._exist -= len(block)

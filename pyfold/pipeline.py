@@ -29,7 +29,8 @@ from pyfold.io.destination import Destination
 from pyfold.io.output import Output
 from pyfold.jobs import Finished, make_jobs, run_jobs
 from pyfold.plan import Plan, make_plan, parse_size
-from pyfold.report import FoldReport, GroupReport, peak_rss_bytes, rss_bytes
+from pyfold.report import FoldReport, GpuReport, GroupReport, peak_rss_bytes, rss_bytes
+from pyfold.streams import Gpu, open_device
 from pyfold.trace import Trace
 
 # done, total, what: called as work proceeds, in bytes of source weights.
@@ -48,6 +49,8 @@ def fold_checkpoint(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     host_memory: int | str | None = None,
+    device: str = "cpu",
+    gpu_memory: int | str | None = None,
     backend: str = "auto",
     trace: str | Path | None = None,
     ray: Literal[True] | str | None = None,
@@ -78,8 +81,13 @@ def fold_checkpoint(
     host_memory : int or str, optional
         Bytes this process may take at most, interpreter and imports included, as in ``"2GiB"``; by default what is free.
         Weights that do not fit are read in pieces; the result is the same.
+    device : str
+        What computes: ``cpu``, ``cuda`` or ``cuda:N``. The result of a GPU differs from a CPU's within rounding.
+    gpu_memory : int or str, optional
+        Bytes of the GPU that tensors may take at most, beside its context and libraries; by default what is free. A Gram matrix
+        that does not fit is computed in strips there and clustered on the host, which may change the result within rounding.
     backend : str
-        ``auto``, or a name from :func:`pyfold.ops.backends`.
+        ``auto``, or a name from :func:`pyfold.ops.backends`, of what computes on the host.
     trace : str or Path, optional
         File to write a timeline of reading, computing and writing to, which Perfetto opens (Chrome's trace event format).
     ray : True or str, optional
@@ -109,6 +117,8 @@ def fold_checkpoint(
     """
     started = time.perf_counter()
     if ray:
+        if device != "cpu":
+            raise PyfoldError(f"ray: tasks compute on CPUs, got device {device}")
         distributed.require_ray()
     prepared = prepare(
         src,
@@ -119,11 +129,13 @@ def fold_checkpoint(
         dtype=dtype,
         max_shard_size=max_shard_size,
         host_memory=host_memory,
+        device=device,
+        gpu_memory=gpu_memory,
         backend=backend,
         beside=distributed.WORKER if ray else 0,
     )
     checkpoint, family, plan, options = prepared.checkpoint, prepared.family, prepared.plan, prepared.options
-    backend = prepared.backend
+    backend, gpu, budget = prepared.computed_by, prepared.gpu, prepared.budget
     config = huggingface.patched_config(checkpoint, family, plan, dtype)
     license = huggingface.source_license(checkpoint)
     sources = [checkpoint.path / "config.json", *{info.path for info in checkpoint.tensors.values()}, *checkpoint.companions()]
@@ -131,7 +143,7 @@ def fold_checkpoint(
         raise PyfoldError(f"{trace}: the trace would replace a file of the source; choose another")
     stamps = _stamps(sources)
     identity = {"pyfold": __version__, "options": options, "backend": backend, "sources": stamps}
-    n_bytes = plan.nbytes + prepared.budget.spilled
+    n_bytes = plan.nbytes + budget.spilled
     with (
         Trace(trace) as timeline,
         Destination(Path(dst), sources, identity=identity, overwrite=overwrite, n_bytes=n_bytes) as stage,
@@ -161,6 +173,7 @@ def fold_checkpoint(
             notes=plan.notes,
             seconds=time.perf_counter() - started,
             peak_rss_bytes=peak_rss_bytes(),
+            gpu=GpuReport(gpu.name, gpu.peak(), budget.gpu_peak or 0, gpu.held) if gpu else None,
         )
         stage.write_text("pyfold-run.json", _json(_run_record(checkpoint, report)))
         changed = [name for name, stamp in _stamps(sources).items() if stamp != stamps[name]]
@@ -179,8 +192,16 @@ class Prepared:
     family: Family
     plan: Plan
     budget: Budget
+    gpu: Gpu | None
     backend: str
     options: dict[str, Any]
+
+    @property
+    def computed_by(self) -> str:
+        """The backends on whose numbers the result depends."""
+        if self.gpu is None:
+            return self.backend
+        return f"{self.gpu.backend}+{self.backend}" if self.budget.clustered_on_host else self.gpu.backend
 
 
 def prepare(
@@ -193,6 +214,8 @@ def prepare(
     dtype: str,
     max_shard_size: int | str,
     host_memory: int | str | None,
+    device: str,
+    gpu_memory: int | str | None,
     backend: str,
     beside: int = 0,
 ) -> Prepared:
@@ -200,6 +223,8 @@ def prepare(
 
     ``beside``: bytes that the process that folds holds and this one does not.
     """
+    if device == "cpu" and gpu_memory is not None:
+        raise PyfoldError("gpu_memory: needs device cuda, got device cpu")
     checkpoint = open_checkpoint(src)
     family = family_of(checkpoint)
     plan = make_plan(
@@ -212,7 +237,7 @@ def prepare(
         dtype=dtype,
         max_shard_size=max_shard_size,
     )
-    options = {
+    options: dict[str, Any] = {
         "ratio": None if ratio is None else float(ratio),
         "width": width,
         "layers": [group.layer for group, _ in plan.groups],
@@ -221,11 +246,16 @@ def prepare(
         "max_shard_size": parse_size(max_shard_size),
     }
     backend = ops.resolve(backend)
+    gpu = open_device(device)
+    room = None
+    if gpu:
+        room = gpu.free() if gpu_memory is None else parse_size(gpu_memory, "gpu_memory")
     held = rss_bytes() + beside
     limit = held + bytes_free(torch.device("cpu")) if host_memory is None else parse_size(host_memory, "host_memory")
-    return Prepared(
-        checkpoint, family, plan, make_budget(checkpoint, plan, limit, held, spills=backend.startswith("cpu")), backend, options
-    )
+    budget = make_budget(checkpoint, plan, limit, held, spills=backend.startswith("cpu"), gpu_memory=room)
+    if gpu:
+        options |= {"device": gpu.name, "clustered_on_host": budget.clustered_on_host}
+    return Prepared(checkpoint, family, plan, budget, gpu, backend, options)
 
 
 def _write_weights(
@@ -259,7 +289,7 @@ def _write_weights(
             progress(done, checkpoint.nbytes, what)
 
     jobs = make_jobs(checkpoint, plan, source)
-    run = partial(distributed.run_jobs, ray if isinstance(ray, str) else None) if ray else run_jobs
+    run = partial(distributed.run_jobs, ray if isinstance(ray, str) else None) if ray else partial(run_jobs, gpu=prepared.gpu)
     with Output(stage.folder, plan.tensors, plan.shards, frozenset(source)) as output:
         run(jobs, output, plan, prepared.budget, prepared.backend, record=record, advance=advance, trace=trace)
     assert result.keys() == plan.tensors.keys(), f"not written: {plan.tensors.keys() - result.keys()}"

@@ -47,6 +47,27 @@ class GroupReport:
 
 
 @dataclass(frozen=True)
+class GpuReport:
+    """The memory of a GPU, in bytes.
+
+    Attributes
+    ----------
+    name : str
+    peak : int
+        What torch reserved at most.
+    planned : int
+        The most that it could have been.
+    held : int
+        What context and libraries, and other processes, held before the first tensor.
+    """
+
+    name: str
+    peak: int
+    planned: int
+    held: int
+
+
+@dataclass(frozen=True)
 class FoldReport:
     """The result of :func:`pyfold.fold_checkpoint`.
 
@@ -67,6 +88,7 @@ class FoldReport:
     seconds : float
     peak_rss_bytes : int
         Highest resident memory of this process so far.
+    gpu : GpuReport or None
     """
 
     path: Path
@@ -80,6 +102,7 @@ class FoldReport:
     notes: list[str]
     seconds: float
     peak_rss_bytes: int
+    gpu: GpuReport | None = None
 
     @property
     def removed_share(self) -> float:
@@ -136,6 +159,7 @@ def summary(report: FoldReport) -> str:
         f"parameters  {report.parameters_before:,} -> {report.parameters_after:,}  ({report.removed_share:.2%} of all removed)",
         f"bytes       {report.bytes_before:,} -> {report.bytes_after:,}",
         f"time        {report.seconds:.1f} s, peak memory {report.peak_rss_bytes / 2**20:.0f} MiB, backend {report.backend}",
+        *([_gpu_line(report.gpu)] if report.gpu else []),
         *(f"note        {note}" for note in report.notes),
         f"written     {report.path}",
     ]
@@ -145,6 +169,13 @@ def summary(report: FoldReport) -> str:
         lines.append("profile     per-layer: layers differ in width, loads with the modeling file in the folder")
     lines.append(f"load with   {how_to_load(report.path, report.profile)}")
     return "\n".join(lines)
+
+
+def _gpu_line(gpu: GpuReport) -> str:
+    return (
+        f"GPU         peak memory {gpu.peak / 2**20:.0f} MiB of {gpu.planned / 2**20:.0f} planned, beside "
+        f"{gpu.held / 2**20:.0f} held before the first tensor: {gpu.name}"
+    )
 
 
 def forecast_table(forecast: Forecast) -> str:
@@ -169,14 +200,20 @@ def forecast_table(forecast: Forecast) -> str:
         cells = zip(row, list(heads.values())[1:], strict=True)
         lines.append(f"{names:<34}" + "".join(f"{cell:>{width}}" for cell, width in cells))
     mib = {what: getattr(forecast, what) / 2**20 for what in ("peak", "process", "ahead", "spare")}
+    on_gpu = []
+    if forecast.gpu_peak is not None:
+        peak, held = forecast.gpu_peak / 2**20, (forecast.gpu_held or 0) / 2**20
+        on_gpu = [f"GPU memory  {peak:.0f} MiB at the peak, beside {held:.0f} held before the first tensor"]
     lines += [
         "",
         f"memory      {mib['peak']:.0f} MiB at the peak, of which interpreter and imports {mib['process']:.0f}, "
         f"read ahead {mib['ahead']:.0f}, buffers to be used again {mib['spare']:.0f}",
+        *on_gpu,
         f"work        {forecast.flops / 1e12:.2f} TFLOP; {forecast.bytes_read:,} bytes read, "
         f"{forecast.bytes_written:,} written",
         f"seconds     {forecast.seconds:.1f}, limited by {forecast.limited_by}; alone: computing {forecast.computing:.1f}, "
-        f"reading and writing {forecast.reading_and_writing:.1f}, hashing {forecast.hashing:.1f}",
+        f"reading and writing {forecast.reading_and_writing:.1f}, hashing {forecast.hashing:.1f}"
+        + (f", copying to and from the GPU {forecast.copying:.1f}" if on_gpu else ""),
         f"disk        {forecast.disk_needed:,} bytes needed, {forecast.disk_free:,} free",
     ]
     return "\n".join(lines)

@@ -265,7 +265,7 @@ def test_clusters_of_one_keep_their_bits(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
 def test_gram_in_panels(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, transposed: bool) -> None:
     """Sizes around a panel's, one shape (a batched product) and several; both triangles, added to what was there."""
-    monkeypatch.setattr(cuda, "_PANEL", 32)
+    monkeypatch.setattr(cuda, "PANEL", 32)
     for sizes in ([1, 3, 31, 32, 33, 129], [7, 7, 7]):
         xs = [rows(n, 24, dtype, seed=at) for at, n in enumerate(sizes)]
         stored = [x.T.contiguous() for x in xs] if transposed else xs

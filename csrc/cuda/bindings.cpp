@@ -88,6 +88,13 @@ void bind_mirror(Address problems, int64_t n_problems, int64_t max_n, Address st
     check(mirror(at<MirrorProblem>(problems), n_problems, max_n, stream_at(stream)), "gram");
 }
 
+// Rows of so many bytes, each so far from the next; between host and device, whichever way.
+void bind_copy_2d(Address to, size_t to_pitch, Address from, size_t from_pitch, size_t row_bytes, size_t rows, Address stream) {
+    check(cudaMemcpy2DAsync(at<void>(to), to_pitch, at<void>(from), from_pitch, row_bytes, rows, cudaMemcpyDefault,
+                            stream_at(stream)),
+          "copy");
+}
+
 // A problem as Python gives it: the 64-bit words of the kernels' struct, in its order.
 template <typename Problem>
 using Words = std::array<Address, sizeof(Problem) / sizeof(Address)>;
@@ -139,6 +146,7 @@ void bind(py::module_& m) {
     m.def("cuda_merge_columns", &bind_merge_columns, release);
     m.def("cuda_update", &bind_update, release);
     m.def("cuda_mirror", &bind_mirror, release);
+    m.def("cuda_copy_2d", &bind_copy_2d, release);
 }
 
 }  // namespace cuda

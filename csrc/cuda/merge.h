@@ -45,10 +45,10 @@ cudaError_t update(const UpdateProblem* problems, int64_t n_problems, DType in, 
 
 struct MirrorProblem {
     float* gram;
-    int64_t n;
+    int64_t n, ld;
 };
 
-// Lower triangle <- upper triangle.
+// Lower triangle <- upper triangle, of the first n columns of n rows that lie ld elements apart.
 cudaError_t mirror(const MirrorProblem* problems, int64_t n_problems, int64_t max_n, cudaStream_t stream);
 
 }  // namespace cuda

@@ -16,17 +16,17 @@ __global__ void __launch_bounds__(kTile* kRowsAtOnce) mirror_tiles(const MirrorP
     int64_t column = static_cast<int64_t>((sqrt(8.0 * blockIdx.x + 1.0) - 1.0) / 2.0);
     while ((column + 1) * (column + 2) / 2 <= blockIdx.x) column++;
     while (column * (column + 1) / 2 > blockIdx.x) column--;
-    const int64_t row = blockIdx.x - column * (column + 1) / 2, n = problem.n;
+    const int64_t row = blockIdx.x - column * (column + 1) / 2, n = problem.n, ld = problem.ld;
     float* const gram = global(problem.gram);
     if (column * kTile >= n) return;
     const int64_t from_row = row * kTile, from_column = column * kTile;
     for (int y = threadIdx.y; y < kTile; y += kRowsAtOnce)
         if (from_row + y < n && from_column + threadIdx.x < n)
-            tile[y][threadIdx.x] = gram[(from_row + y) * n + from_column + threadIdx.x];
+            tile[y][threadIdx.x] = gram[(from_row + y) * ld + from_column + threadIdx.x];
     __syncthreads();
     for (int y = threadIdx.y; y < kTile; y += kRowsAtOnce) {
         const int64_t i = from_column + y, j = from_row + threadIdx.x;
-        if (i < n && j < i) gram[i * n + j] = tile[threadIdx.x][y];
+        if (i < n && j < i) gram[i * ld + j] = tile[threadIdx.x][y];
     }
 }
 

@@ -15,7 +15,6 @@ from itertools import accumulate as running_sums
 import torch
 from torch import Tensor
 
-from pyfold.errors import PyfoldError
 from pyfold.ops import reference
 
 try:
@@ -27,7 +26,8 @@ except ImportError as error:
 
 _DTYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _LARGEST = 2**31 - 1  # points and clusters of one call are int32 on the device
-_PANEL = 1024  # rows of G made by one product: it computes (1 + _PANEL / N) / 2 of the full one
+PANEL = 1024  # rows of G made by one product: it computes (1 + PANEL / N) / 2 of the full one
+_LOOKED = 2**20  # numbers looked at together for the first that is not finite
 _GAINS = 65536  # that one launch of hartigan has room for: far more moves than any fold has needed (hundreds)
 
 
@@ -45,23 +45,47 @@ def unavailable() -> str | None:
 def gram(xs: list[Tensor], outs: list[Tensor], accumulate: bool, transposed: bool) -> None:
     """Half the product, in panels of rows through cuBLAS, then the other triangle.
 
+    Rows of ``x[i:]`` have the bits that they have in the whole of G where both are cut into the same panels.
     Beside G it needs cuBLAS's workspace; to accumulate low precision, one panel of fp32 (4 N x 1024 bytes); for a list of
     problems of one shape, which become one batched product, a copy of them.
     """
     rows = [x.T if transposed else x for x in xs]
-    if any(len(out) < len(x) for x, out in zip(rows, outs, strict=True)):
-        raise PyfoldError("backend 'cuda' cannot compute only some rows of a Gram matrix; use reference")
     with _stream_of(outs[0]) as stream, _full_precision():
-        if len(rows) > 1 and len({(x.shape, x.dtype) for x in rows}) == 1 and len(rows[0]) <= _PANEL:
+        alike = len({(x.shape, x.dtype, out.shape) for x, out in zip(rows, outs, strict=True)}) == 1
+        if len(rows) > 1 and alike and len(rows[0]) == len(outs[0]) <= PANEL:
             products = _matmul(torch.bmm, torch.stack(rows), torch.stack(rows).mT).unbind()
             (torch._foreach_add_ if accumulate else torch._foreach_copy_)(outs, products)
         else:
             for x, out in zip(rows, outs, strict=True):
-                for first in range(0, len(x), _PANEL):
-                    last = min(first + _PANEL, len(x))
+                for first in range(0, len(out), PANEL):
+                    last = min(first + PANEL, len(out))
                     _add_product(x[first:last], x[first:].T, out[first:last, first:], accumulate)
-        table = _table([(out.data_ptr(), len(out)) for out in outs], outs[0])
+        table = _table([(out.data_ptr(), *out.shape) for out in outs], outs[0])
         _C.cuda_mirror(table.data_ptr(), len(outs), max(len(out) for out in outs), stream)
+
+
+def gram_bytes(n: int, dtype: torch.dtype) -> int:
+    """Memory that ``gram`` takes beside G, for one problem of N points and no more than a panel of features."""
+    if dtype == torch.float32:
+        return 0
+    return 4 * PANEL * n + (0 if _mixed() else 4 * PANEL * (n + PANEL))
+
+
+def clustering_bytes(n: int, n_clusters: int) -> int:
+    """Memory that ``pyfold.cluster`` takes beside G: half of it once more for Ward, and what is small.
+
+    Per point the kernels take up to 66 bytes, per cluster 24, and labels, weights, and what sorts them less than 300.
+    """
+    return 2 * n * (n - 1) + 366 * n + 24 * n_clusters + 8 * _GAINS
+
+
+def copy_rows(to: Tensor, source: Tensor) -> None:
+    """Rows of numbers from host to device or back, on the current stream; torch would gather rows that lie apart first."""
+    rows, columns = source.shape
+    width = columns * source.element_size()
+    to_pitch, source_pitch = (t.stride(0) * t.element_size() if rows > 1 else width for t in (to, source))
+    with _stream_of(to if to.is_cuda else source) as stream:
+        _C.cuda_copy_2d(to.data_ptr(), to_pitch, source.data_ptr(), source_pitch, width, rows, stream)
 
 
 def ward(grams: list[Tensor], n_clusters: list[int], weights: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -218,9 +242,11 @@ def merge_columns(x: Tensor, labels: Tensor, n_clusters: int, scale: Tensor | No
 
 
 def first_nonfinite(x: Tensor) -> int | None:
-    # One read of x; looking for where it is takes ten times the memory traffic.
-    finite = not x.numel() or bool(torch.stack(torch.aminmax(x)).isfinite().all())
-    return None if finite else reference.first_nonfinite(x)
+    # One read of x; looking for where it is takes ten times the memory traffic, and as much memory as is looked at.
+    if not x.numel() or bool(torch.stack(torch.aminmax(x)).isfinite().all()):
+        return None
+    found = ((at, reference.first_nonfinite(part)) for at, part in enumerate(x.flatten().split(_LOOKED)))
+    return next(at * _LOOKED + place for at, place in found if place is not None)
 
 
 def _partition(labels: Sequence[Tensor], n_clusters: Sequence[int]) -> tuple[Tensor, Tensor]:

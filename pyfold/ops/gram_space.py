@@ -64,7 +64,8 @@ def gram(
         float32, float16 or bfloat16; contiguous rows. Low-precision products are exact; sums are fp32 (reference: fp64).
     rows : int, or one for each problem, optional
         R: only the first R rows of G, all N by default. Each entry has the bits it has in the whole of G, so that of
-        ``x[i:]`` they are a strip of it, from the diagonal to the right (``cpu`` and ``reference``).
+        ``x[i:]`` they are a strip of it, from the diagonal to the right (``cpu`` and ``reference``; ``cuda`` where i is a
+        multiple of 1024, and R is or reaches the end).
     out : Tensor, (R, N), float32, optional; one for each problem
         Written in place. Both triangles of its first R columns are valid afterwards.
     accumulate : bool
