@@ -170,17 +170,20 @@ def make_budget(
     groups = {
         name: replace(cut, nbytes=cut.nbytes + behind, behind=behind) if cut.features else cut for name, cut in takes.items()
     }
-    on_gpu = gpu_memory is not None
-    kernels = _SLACK + max(_kernel_bytes(group, k, takes[group.name].strip, on_gpu) for group, k in plan.groups)
-    gpu = {group.name: gpu_budget.buffers(group, k, checkpoint, plan, takes[group.name].strip) for group, k in plan.groups}
-    budget = Budget(process, groups, ahead, behind, 0, kernels, gpu if on_gpu else {})
+    kernels = _SLACK + max(_kernel_bytes(group, k, takes[group.name].strip, ways[group.name].gpu) for group, k in plan.groups)
+    gpu = {
+        group.name: gpu_budget.buffers(group, k, checkpoint, plan, takes[group.name].strip)
+        for group, k in plan.groups
+        if ways[group.name].gpu
+    }
+    budget = Budget(process, groups, ahead, behind, 0, kernels, gpu)
     return replace(budget, spare=min(host_memory - budget.peak, max(pieces)))
 
 
 @dataclass(frozen=True)
 class _Way:
-    """Whether a GPU computes a group's Gram matrix, whether that may lie in a file, and how many bytes of it a GPU has room for;
-    None is all."""
+    """Whether a GPU computes a group's Gram matrix, whether that may lie in a file, how many bytes of it a GPU has room for
+    (None: all)."""
 
     gpu: bool
     spills: bool

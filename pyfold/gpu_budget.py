@@ -1,8 +1,8 @@
 """How much of a GPU's memory a fold takes, before a weight is read.
 
 Weights go through it in panels of their features. A group whose Gram matrix has room there, with what clusters it, is clustered
-there; of another, strips are computed there, kept in a file and clustered on the host. As rounding may differ, what is clustered
-on the host belongs to the identity of a run; nothing else of the budget does.
+there; of another, strips are computed there, kept in a file and clustered on the host. As that may round otherwise, what is
+clustered on the host belongs to the identity of a run; nothing else of the budget does.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pyfold.plan import Plan
 # Features that go up, are multiplied and are added to G at a time, whatever the budget: that fixes the order of summation. At
 # LLaMA-7B's width a panel of fp16 is 22 MB, enough for a bus to run at its speed, and two of them are little beside G.
 PANEL = 1024
+_MERGING = 64  # bytes a unit: its label, and what sorts units by cluster
 _CUBLAS = 32 << 20  # what cuBLAS works in on an H100; on others less
 _SLACK = 64 << 20  # small tensors, those of the inertia; torch rounds up to 2 MiB, and gives 20 for what is less than 10
 
@@ -61,7 +62,7 @@ def buffers(group: FoldGroup, k: int, checkpoint: Checkpoint, plan: Plan, strip:
     product = max(cuda.gram_bytes(n, torch_dtype(info.dtype)) for info in members)
     gram = 4 * n * n if strip is None else strip
     clustering = gram + cuda.clustering_bytes(n, k) if strip is None else 0
-    return Buffers(n, gram, up, down, max(gram + 2 * up + product, clustering, 2 * (up + down)))
+    return Buffers(n, gram, up, down, max(gram + 2 * up + product, clustering, 2 * (up + down) + _MERGING * n))
 
 
 def strip_limits(checkpoint: Checkpoint, plan: Plan, gpu_memory: int, *, spills: bool) -> dict[str, int | None]:

@@ -214,8 +214,8 @@ def prepare(
     dtype: str,
     max_shard_size: int | str,
     host_memory: int | str | None,
-    device: str,
-    gpu_memory: int | str | None,
+    device: str = "cpu",
+    gpu_memory: int | str | None = None,
     backend: str,
     beside: int = 0,
 ) -> Prepared:

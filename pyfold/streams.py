@@ -15,7 +15,6 @@ from pyfold import ops
 from pyfold.errors import PyfoldError
 from pyfold.ops import cuda
 
-
 Event = torch.cuda.Event
 
 

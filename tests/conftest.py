@@ -123,9 +123,9 @@ def tree(folder: Path) -> dict[str, str]:
     }
 
 
-def write_synthetic(folder: Path, n_layers: int, width: int, hidden: int) -> Path:
-    """A LLaMA-shaped fp32 checkpoint of any size, written a tensor at a time."""
-    from pyfold.io.safetensors import Shard
+def write_synthetic(folder: Path, n_layers: int, width: int, hidden: int, dtype: str = "F32") -> Path:
+    """A LLaMA-shaped checkpoint of any size, written a tensor at a time."""
+    from pyfold.io.safetensors import Shard, torch_dtype
 
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -133,14 +133,14 @@ def write_synthetic(folder: Path, n_layers: int, width: int, hidden: int) -> Pat
     for layer in range(n_layers):
         mlp = f"model.layers.{layer}.mlp."
         layout = {
-            f"{mlp}gate_proj.weight": ("F32", (width, hidden)),
-            f"{mlp}up_proj.weight": ("F32", (width, hidden)),
-            f"{mlp}down_proj.weight": ("F32", (hidden, width)),
+            f"{mlp}gate_proj.weight": (dtype, (width, hidden)),
+            f"{mlp}up_proj.weight": (dtype, (width, hidden)),
+            f"{mlp}down_proj.weight": (dtype, (hidden, width)),
         }
         name = f"model-{layer + 1:05d}-of-{n_layers:05d}.safetensors"
         shard = Shard(folder / name, layout)
         for tensor, (_, shape) in layout.items():
-            shard.write(tensor, torch.randn(shape, generator=generator))
+            shard.write(tensor, torch.randn(shape, generator=generator).to(torch_dtype(dtype)))
             weight_map[tensor] = name
         shard.close()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

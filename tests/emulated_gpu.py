@@ -1,0 +1,156 @@
+"""A GPU without a GPU, for tests of what streams through one: memory, copies and queues, on threads.
+
+Every queue is a thread that does what was put into it late: one of them, the slow one, much later than the others, so that
+whoever does not wait for it reads what is not there yet, or overwrites what is still being read. Memory is full of NaN when it
+is new, and counted, what the kernels take beside their arguments included.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import prod
+
+import numpy as np
+import pytest
+import torch
+
+from pyfold.memory import LARGE, Pool
+from pyfold.ops import cpu, cuda, registry
+
+SLOW = 0.008  # seconds, of everything in the slow queue
+
+
+class Event:
+    """Passed once its action is done, or has failed."""
+
+    def __init__(self) -> None:
+        self.passed = threading.Event()
+        self.failure: Exception | None = None
+
+    def synchronize(self) -> None:
+        assert self.passed.wait(60), "nothing can wait so long but for itself"
+        if self.failure:
+            raise self.failure
+
+
+class Queue:
+    """A thread. Order and events as a stream has them."""
+
+    def __init__(self, slow: bool) -> None:
+        self._slow, self._random = slow, random.Random(0)
+        self._actions: queue.SimpleQueue[tuple[Callable[[], object], tuple[Event, ...], Event]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def put(self, action: Callable[[], object], *after: Event) -> Event:
+        done = Event()
+        self._actions.put((action, after, done))
+        return done
+
+    def _work(self) -> None:
+        while True:
+            action, after, done = self._actions.get()
+            for event in after:
+                event.passed.wait()
+            time.sleep(SLOW if self._slow else self._random.choice((0, 1e-4)))
+            try:
+                action()
+            except Exception as failure:
+                done.failure = failure
+            del action, after  # or the memory in them would live on
+            done.passed.set()
+
+
+class EmulatedGpu:
+    """As :class:`pyfold.streams.Gpu`. ``slow``: up, kernels or down."""
+
+    name, held, backend, device = "emulated", 0, "reference", torch.device("cpu")
+
+    def __init__(self, slow: str, monkeypatch: pytest.MonkeyPatch, memory: int = 1 << 40) -> None:
+        self.up, self.kernels, self.down = (Queue(slow == name) for name in ("up", "kernels", "down"))
+        self.memory, self.taken, self.most = memory, 0, 0
+        self.pinned: dict[int, int] = {}
+        self._lock = threading.Lock()
+        monkeypatch.setitem(registry._BACKENDS, "reference", self)  # the one that takes tensors of any device
+        monkeypatch.setattr("pyfold.pipeline.open_device", lambda name: None if name == "cpu" else self)
+        monkeypatch.setattr(Pool, "give_back", _poisoned(Pool.give_back))
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        n_bytes = prod(shape) * dtype.itemsize
+        self._take(n_bytes)
+        memory = np.full(n_bytes, 0xFF, np.uint8)  # NaN in every dtype
+        weakref.finalize(memory, self._take, -n_bytes)  # once no tensor refers to it
+        return torch.from_numpy(memory).view(dtype).view(shape)
+
+    def release(self) -> None:
+        for one in (self.up, self.kernels, self.down):
+            one.put(lambda: None).synchronize()
+
+    def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
+        assert (to.shape, to.dtype) == (source.shape, source.dtype)
+        assert to.stride(1) == source.stride(1) == 1 or to.shape[1] == 1
+        host = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in (to, source)}
+        assert any(n_bytes < LARGE or self.pinned.get(at) == n_bytes for at, n_bytes in host.items()), "large and not pinned"
+        to.copy_(source)
+
+    def pin(self, block: torch.Tensor) -> None:
+        assert block.data_ptr() not in self.pinned
+        self.pinned[block.data_ptr()] = block.nbytes
+
+    def unpin(self, block: torch.Tensor) -> None:
+        del self.pinned[block.data_ptr()]
+
+    def free(self) -> int:
+        return self.memory
+
+    def peak(self) -> int:
+        return self.most
+
+    # The backend: the cpu's kernels, and the memory of cuda's.
+
+    def unavailable(self) -> None:
+        """Runs everywhere."""
+
+    def gram(self, xs: list[torch.Tensor], outs: list[torch.Tensor], accumulate: bool, transposed: bool) -> None:
+        n = max(out.shape[1] for out in outs)
+        with self._taking(cuda.gram_bytes(n, xs[0].dtype) if accumulate else 0):
+            _cpu().gram(xs, outs, accumulate, transposed)
+
+    def ward(self, grams: list[torch.Tensor], n_clusters: list[int], weights: list[torch.Tensor]) -> object:
+        with self._taking(sum(2 * len(g) * (len(g) - 1) for g in grams)):
+            return _cpu().ward(grams, n_clusters, weights)
+
+    def __getattr__(self, op: str) -> object:
+        return getattr(_cpu(), op)
+
+    @contextmanager
+    def _taking(self, n_bytes: int) -> Iterator[None]:
+        self._take(n_bytes)
+        yield
+        self._take(-n_bytes)
+
+    def _take(self, n_bytes: int) -> None:
+        with self._lock:
+            self.taken += n_bytes
+            self.most = max(self.most, self.taken)
+
+
+def _cpu() -> cpu.CpuBackend:
+    return cpu.CpuBackend(cpu.simd_levels()[0])
+
+
+def _poisoned(give_back: Callable[[Pool, torch.Tensor], None]) -> Callable[[Pool, torch.Tensor], None]:
+    """What is given back may be written at once."""
+
+    def poison(pool: Pool, tensor: torch.Tensor) -> None:
+        block = pool._lent.get(tensor.untyped_storage().data_ptr())
+        if block is not None:
+            block.fill_(0xFF)
+        give_back(pool, tensor)
+
+    return poison
