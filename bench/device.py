@@ -19,9 +19,12 @@ import sys
 import time
 from pathlib import Path
 
+import device_stages
 import torch
-from device_stages import ROOT, STAGES, Row, partial, version_of
+from device_stages import ROOT, Row, partial, version_of
+from device_stream import stream
 
+STAGES = {**device_stages.STAGES, "stream": (200, stream)}
 LIMIT = 480  # seconds for all of it
 
 

@@ -2,7 +2,7 @@
 
 Every queue is a thread that does what was put into it late: one of them, the slow one, much later than the others, so that
 whoever does not wait for it reads what is not there yet, or overwrites what is still being read. Memory is full of NaN when it
-is new, and counted, what the kernels take beside their arguments included.
+is new, and counted until it is released, with what the kernels take beside their arguments.
 """
 
 from __future__ import annotations
@@ -73,23 +73,26 @@ class EmulatedGpu:
 
     def __init__(self, slow: str, monkeypatch: pytest.MonkeyPatch, memory: int = 1 << 40) -> None:
         self.up, self.kernels, self.down = (Queue(slow == name) for name in ("up", "kernels", "down"))
-        self.memory, self.taken, self.most = memory, 0, 0
+        self.memory, self.taken, self.kept, self.most = memory, 0, 0, 0
         self.pinned: dict[int, int] = {}
         self._lock = threading.Lock()
         monkeypatch.setitem(registry._BACKENDS, "reference", self)  # the one that takes tensors of any device
         monkeypatch.setattr("pyfold.pipeline.open_device", lambda name: None if name == "cpu" else self)
         monkeypatch.setattr(Pool, "give_back", _poisoned(Pool.give_back))
+        monkeypatch.setattr(Pool, "__exit__", _empty(Pool.__exit__))
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         n_bytes = prod(shape) * dtype.itemsize
         self._take(n_bytes)
         memory = np.full(n_bytes, 0xFF, np.uint8)  # NaN in every dtype
-        weakref.finalize(memory, self._take, -n_bytes)  # once no tensor refers to it
+        weakref.finalize(memory, self._keep, n_bytes)  # once no tensor refers to it
         return torch.from_numpy(memory).view(dtype).view(shape)
 
     def release(self) -> None:
         for one in (self.up, self.kernels, self.down):
             one.put(lambda: None).synchronize()
+        with self._lock:
+            self.taken, self.kept = self.taken - self.kept, 0
 
     def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
         assert (to.shape, to.dtype) == (source.shape, source.dtype)
@@ -134,6 +137,11 @@ class EmulatedGpu:
         yield
         self._take(-n_bytes)
 
+    def _keep(self, n_bytes: int) -> None:
+        """As torch's allocator keeps what is freed, for what may not fit into it."""
+        with self._lock:
+            self.kept += n_bytes
+
     def _take(self, n_bytes: int) -> None:
         with self._lock:
             self.taken += n_bytes
@@ -154,3 +162,13 @@ def _poisoned(give_back: Callable[[Pool, torch.Tensor], None]) -> Callable[[Pool
         give_back(pool, tensor)
 
     return poison
+
+
+def _empty(leave: Callable[..., None]) -> Callable[..., None]:
+    """In the end all has been given back."""
+
+    def look(pool: Pool, kind: object, *exc: object) -> None:
+        assert kind or not pool._lent
+        leave(pool, kind, *exc)
+
+    return look

@@ -277,6 +277,49 @@ def test_gram_in_panels(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tra
             torch.testing.assert_close(out, (2 * x.double() @ x.double().T).float(), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_some_rows_of_gram(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, transposed: bool) -> None:
+    """Strips of one panel, of several, and to the end, in two halves of the features: the whole's bits."""
+    monkeypatch.setattr(cuda, "PANEL", 32)
+    x = rows(129, 48, dtype)
+
+    def strip(begin: int, end: int) -> torch.Tensor:
+        out = torch.full((end - begin, 129 - begin), torch.nan)
+        for at, half in enumerate((x[begin:, :24], x[begin:, 24:])):
+            cuda.gram([half.T if transposed else half], [out], at > 0, transposed)
+        return out
+
+    whole = strip(0, 129)
+    for begin, end in [(0, 32), (32, 96), (64, 129), (128, 129)]:
+        out = strip(begin, end)
+        assert torch.equal(out, whole[begin:end, begin:])
+        assert torch.equal(out[:, : end - begin], out[:, : end - begin].T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_lie_apart_are_copied(dtype: torch.dtype) -> None:
+    x = rows(40, 33, dtype)
+    for rows_, columns in ((slice(3, 20), slice(5, 21)), (slice(7, 8), slice(0, 33)), (slice(0, 40), slice(32, 33))):
+        there, back = torch.zeros(40, 50, dtype=dtype), torch.zeros(40, 33, dtype=dtype)
+        cuda.copy_rows(there[rows_, columns], x[rows_, columns])
+        cuda.copy_rows(back[rows_, columns], there[rows_, columns])
+        assert torch.equal(back[rows_, columns], x[rows_, columns])
+        assert back.count_nonzero() == x[rows_, columns].count_nonzero(), "and nothing else"
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (48, 36), (2100, 1575), (11008, 8806), (28672, 22938), (28672, 1)])
+def test_memory_of_clustering_is_what_is_planned(backend: ModuleType, n: int, k: int) -> None:
+    """Half of G once more for Ward, and little else."""
+    planned = cuda.clustering_bytes(n, k)
+    ward, hartigan = (
+        backend.cuda_ward_workspace([(0, 0, n, k, 0, 0, 0)]),
+        backend.cuda_hartigan_workspace([(0, 0, n, k, 1, 0, 0, 0)]),
+    )
+    assert max(ward, hartigan + 8 * cuda._GAINS) <= planned + 2**16
+    assert planned - max(ward, hartigan) <= 320 * n + 24 * k + 8 * cuda._GAINS
+
+
 @pytest.mark.parametrize("before", ["highest", "high", "medium"])
 def test_products_are_never_tf32_and_the_setting_comes_back(before: str) -> None:
     torch.set_float32_matmul_precision(before)

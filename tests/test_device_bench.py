@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_synthetic
+from emulated_gpu import EmulatedGpu
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -40,3 +41,22 @@ def test_rates_shares_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.split()[0] for line in lines] == ["gram", "merge"]
     assert "torch.mm" in lines[0]
     assert "torch.mm" not in lines[1]
+
+
+@pytest.mark.parametrize("slow", ["up", "down"])
+def test_the_copy_that_folds_are_measured_against(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import device_stream
+
+    from pyfold.io.checkpoint import open_checkpoint
+    from pyfold.io.safetensors import Reader, as_bytes
+
+    checkpoint = open_checkpoint(write_synthetic(tmp_path / "src", 2, 1500, 3500))
+    gpu = EmulatedGpu(slow, monkeypatch)
+    monkeypatch.setattr("pyfold.streams.open_device", lambda name: gpu)
+    with Reader() as reader:
+        expected = b"".join(as_bytes(reader.read(info)) for info in checkpoint.tensors.values())
+    assert device_stream.copy(tmp_path / "src", tmp_path / "all", len(expected)) > 0
+    assert (tmp_path / "all").read_bytes()[-len(expected) :] == expected
+    device_stream.copy(tmp_path / "src", tmp_path / "part", len(expected) // 3)
+    assert 0 < (tmp_path / "part").stat().st_size - len(expected) // 3 < 4096, "and a header"

@@ -1,0 +1,110 @@
+"""Folds through 1 GiB of a GPU's memory, beside a copy of as many bytes on the same way: read, up, down, write, fsync.
+
+A stage of ``bench/device.py``. Both are processes that open the device themselves, from a cold page cache; the copy computes
+nothing, hashes included. Checkpoints are made in the folder for temporary files, up to 8 GB at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from device_stages import ROOT, Row, row
+from device_stages import partial as partial_file
+
+GPU_MEMORY = "1GiB"
+CHECKPOINTS = {"llama-7b, 8 layers": ["llama-7b", "--layers", "8"], "llama-70b, 1 layer": ["llama-70b-1layer"]}
+ASKED = 1.3  # times the copy
+
+
+def stream(out: Path) -> list[Row]:
+    from conftest import evict
+
+    rows: list[Row] = []
+    for case, preset in CHECKPOINTS.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            source, folded, copied = (Path(scratch, name) for name in ("source", "folded", "copied"))
+            _run(ROOT / "bench" / "make_checkpoint.py", source, "--preset", *preset)
+            files = sorted(source.glob("*.safetensors"))
+            evict(files)
+            options = ["--ratio", 0.2, "--device", "cuda", "--gpu-memory", GPU_MEMORY, "--json"]
+            fold = json.loads(_run("-m", "pyfold", "fold", source, folded, *options))
+            evict(files)
+            took = float(_run(__file__, source, copied, fold["bytes_after"]))
+        gpu, mib = fold["gpu"], 2**20
+        note = (
+            f"{fold['seconds'] / took:.2f} x the copy, asked {ASKED}; GPU {gpu['peak'] / mib:.0f} MiB, "
+            f"{gpu['planned'] / mib:.0f} planned, beside {gpu['held'] / mib:.0f}; host {fold['peak_rss_bytes'] / mib:.0f} MiB"
+        )
+        moved = fold["bytes_before"] + fold["bytes_after"]
+        rows.append(row(case, fold["seconds"], moved=moved, contender="copy", contender_s=took, note=note))
+        partial_file(out, "stream").write_text(json.dumps(rows))
+    return rows
+
+
+def _run(*command: Any) -> str:
+    return subprocess.run([sys.executable, *map(str, command)], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def copy(source: Path, target: Path, n_bytes: int) -> float:
+    """Seconds for every tensor of a checkpoint to the GPU, and so many bytes of them, evenly spread, back and into a file."""
+    from pyfold.io.checkpoint import open_checkpoint
+    from pyfold.io.flow import Ahead, Behind
+    from pyfold.io.safetensors import Reader, Shard
+    from pyfold.memory import Pool
+    from pyfold.reads import PIECE, copy_reads
+    from pyfold.streams import Event, open_device
+
+    started = time.perf_counter()
+    checkpoint, gpu = open_checkpoint(source), open_device("cuda")
+    assert gpu
+    shard = Shard(target, {"all": ("U8", (n_bytes,))})
+    buffers: deque[tuple[torch.Tensor, tuple[Event, ...]]] = deque((gpu.empty((PIECE,), torch.uint8), ()) for _ in range(4))
+    going_up: deque[tuple[torch.Tensor, Event]] = deque()
+    with Pool(8 * PIECE, gpu.pin, gpu.unpin) as pool, Reader(pool) as reader, Behind() as behind:
+
+        def write(block: torch.Tensor, ready: Event, at: int) -> None:
+            ready.synchronize()
+            shard.write("all", block, at)
+            pool.give_back(block)
+
+        pieces = [read for info in checkpoint.tensors.values() for read in copy_reads(info)]
+        reads = ((p.nbytes, partial(reader.block, p.info, p.rows, p.columns, p.width)) for p in pieces)
+        with Ahead(reads, 4 * PIECE) as ahead:
+            read = written = 0
+            for _ in pieces:
+                values = ahead.take().view(torch.uint8).view(1, -1)
+                read += values.nbytes
+                due = n_bytes * read // checkpoint.nbytes - written
+                buffer, free = buffers.popleft()
+                there = buffer[: values.nbytes].view(1, -1)
+                up = gpu.up.put(partial(gpu.copy, there, values), *free)
+                block = pool.empty((1, due), torch.uint8)
+                down = gpu.down.put(partial(gpu.copy, block, there[:, :due]), up)
+                buffers.append((buffer, (down,)))
+                behind.put(due, partial(write, block, down, written))
+                written += due
+                going_up.append((values, up))
+                if len(going_up) > 2:
+                    values, up = going_up.popleft()
+                    up.synchronize()
+                    pool.give_back(values)
+                behind.wait(4 * PIECE)
+        behind.wait(0)
+        for values, _ in going_up:
+            pool.give_back(values)
+    shard.sync()
+    shard.close()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    print(copy(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])))
