@@ -1,9 +1,16 @@
-"""Every op on a real GPU, backends cuda and triton, dtypes and odd shapes, against the fp64 reference; argmins by distance."""
+"""Every op on a real GPU, backends cuda and triton, dtypes and odd shapes, against the fp64 reference; argmins by distance.
+And whole folds through its memory.
+"""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from conftest import check_refused, run_cli, tree, write_synthetic
 from test_ops import DTYPES, random_labels, rows
 
 import pyfold
@@ -269,3 +276,54 @@ def test_another_stream_and_the_callers_tf32_setting(backend: str) -> None:
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers of 3 x 6000 x 2500 fp16 numbers: three panels of features, the last not whole; six of rows, 137 MiB of G."""
+    return write_synthetic(tmp_path_factory.mktemp("stream") / "src", 2, 6000, 2500, "F16")
+
+
+def folded_on_gpu(source: Path, target: Path, memory: int | None) -> dict[str, Any]:
+    """In a process of its own, whose peak is that of this fold."""
+    limit = ["--gpu-memory", memory] if memory else []
+    done = run_cli("fold", source, target, "--ratio", "0.2", "--device", "cuda", "--json", *limit)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_fold_keeps_to_its_gpu_memory(checkpoint: Path, tmp_path: Path) -> None:
+    """As torch's allocator counts; and the bytes do not depend on the budget where it clusters in the same place."""
+    refused = run_cli("fold", checkpoint, tmp_path / "none", "--ratio", "0.2", "--device", "cuda", "--gpu-memory", "1MiB")
+    check_refused(refused.returncode, refused.stderr, ["gpu_memory: layers.0.mlp needs at least"])
+    least = int(refused.stderr.partition("(")[2].partition(" bytes")[0].replace(",", ""))
+    whole = folded_on_gpu(checkpoint, tmp_path / "whole", None)
+    folds = {
+        "fits": folded_on_gpu(checkpoint, tmp_path / "fits", whole["gpu"]["planned"]),
+        "least": folded_on_gpu(checkpoint, tmp_path / "least", least),
+        "higher": folded_on_gpu(checkpoint, tmp_path / "higher", least + (40 << 20)),
+    }
+    for name, fold in {"whole": whole, **folds}.items():
+        gpu = fold["gpu"]
+        print(f"{name}: {gpu['peak'] >> 20} MiB of {gpu['planned'] >> 20} planned, {gpu['held'] >> 20} held before")
+        assert 0.7 * gpu["planned"] <= gpu["peak"] <= gpu["planned"]
+        assert gpu["held"] > 0
+    assert tree(tmp_path / "fits") == tree(tmp_path / "whole")
+    assert tree(tmp_path / "least") == tree(tmp_path / "higher")
+    for host, group in zip(folds["least"]["groups"], whole["groups"], strict=True):
+        assert host["inertia"] == pytest.approx(group["inertia"], rel=1e-4)
+        assert host["total_inertia"] == pytest.approx(group["total_inertia"], rel=1e-5)
+
+
+def test_a_fold_on_a_gpu_is_as_good_as_on_the_host(checkpoint: Path, tmp_path: Path) -> None:
+    fold_on_host = run_cli("fold", checkpoint, tmp_path / "host", "--ratio", "0.2", "--json")
+    assert fold_on_host.returncode == 0, fold_on_host.stderr
+    there = folded_on_gpu(checkpoint, tmp_path / "gpu", None)
+    for here, group in zip(json.loads(fold_on_host.stdout)["groups"], there["groups"], strict=True):
+        assert group["inertia"] == pytest.approx(here["inertia"], rel=1e-4)
+        assert group["total_inertia"] == pytest.approx(here["total_inertia"], rel=1e-5)
+    with pytest.raises(PyfoldError, match="there is no cuda:99"):
+        pyfold.fold_checkpoint(checkpoint, tmp_path / "none", ratio=0.2, device="cuda:99")
+    planned = run_cli("plan", checkpoint, "--ratio", "0.2", "--device", "cuda", "--gpu-memory", "1GiB", "--json")
+    assert planned.returncode == 0, planned.stderr
+    assert json.loads(planned.stdout)["gpu_peak"] == there["gpu"]["planned"]
