@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pyfold import ops
+from pyfold.clustering import cluster
 from pyfold.errors import PyfoldError
 from pyfold.ops import cuda
 
@@ -55,12 +57,16 @@ class Gpu:
         self.device = device
         self.name = torch.cuda.get_device_name(device)
         self.up, self.kernels, self.down = (Queue(device) for _ in range(3))
-        for dtype in ops.FLOATS:  # so that what cuBLAS holds, here and on the host, is held from now on
-            self.kernels.put(lambda dtype=dtype: ops.gram(torch.ones(2, 2, dtype=dtype, device=device)))  # type: ignore[misc]
+        for dtype in ops.FLOATS:
+            self.kernels.put(partial(self._load, dtype))
         self.release()
         free, total = torch.cuda.mem_get_info(device)
         self.held = total - free - torch.cuda.memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
+
+    def _load(self, dtype: torch.dtype) -> None:
+        """Have cuBLAS, and kernels that are loaded when first used, hold now what they will hold, here and on the host."""
+        cluster(torch.eye(3, dtype=dtype, device=self.device), n_clusters=2, backend=self.backend)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory on the device; to be dropped only before :meth:`release`, for all queues may be using it until then."""
@@ -78,13 +84,15 @@ class Gpu:
 
     def pin(self, block: Tensor) -> None:
         """Host memory that copies then go from and to without the CPU."""
-        code = torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0)
+        with torch.cuda.device(self.device):  # any thread may call this
+            code = torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0)
         if int(code):
             raise MemoryError(f"{block.nbytes:,} bytes of host memory cannot be pinned for the GPU (CUDA error {int(code)})")
 
     def unpin(self, block: Tensor) -> None:
         """Before its memory goes."""
-        torch.cuda.cudart().cudaHostUnregister(block.data_ptr())
+        with torch.cuda.device(self.device):
+            torch.cuda.cudart().cudaHostUnregister(block.data_ptr())
 
     def free(self) -> int:
         """Bytes that can be allocated."""
