@@ -157,8 +157,6 @@ class OnGpu:
             self._gram = self._gpu.empty((self._size.gram,), torch.uint8)
             self._up = self._slots(self._size.up)
             yield
-        except torch.cuda.OutOfMemoryError as error:
-            raise MemoryError(f"{self._gpu.name}: {str(error).partition('. ')[0]}") from None
         finally:
             self._drop()
             self._reap(0)

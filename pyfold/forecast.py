@@ -31,7 +31,7 @@ from pyfold.pipeline import Prepared
 from pyfold.reads import gram_reads, strips_of
 from pyfold.streams import Gpu
 
-_COPIED_ROWS = 1 << 14  # of a panel on its way to a GPU, and back: 32 MiB
+_COPIED_ROWS = 1 << 13  # of a panel on its way to a GPU, and back: 16 MiB
 _DISK_BYTES = 1 << 27  # of a probe, unless half a second is over before
 _PROBE_SECONDS = 0.5
 # Seconds per entry of G that are looked at; measured at N = 11008 and 28672 on rows like SmolLM2's, 2 cores of a Xeon with AMX.
@@ -185,29 +185,23 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
 
 def probe(prepared: Prepared, dtypes: set[str], destination: Path | None) -> Rates:
     """Measure the rates: about a second, at most 3."""
-    gpu, backend, device = prepared.gpu, prepared.backend, torch.device("cpu")
-    up = down = float("inf")
-    if gpu:
-        up, down = _copy_rates(gpu)
-        backend, device = gpu.backend, gpu.device
-
-    def best(action: Callable[[], object], seconds: float) -> float:
-        return _best(lambda: gpu.kernels.put(action).synchronize() if gpu else action(), seconds)
-
+    gpu = prepared.gpu
+    up, down = _copy_rates(gpu) if gpu else (float("inf"), float("inf"))
     generator = torch.Generator().manual_seed(0)
     n, d = 4096, 4096  # large enough that G is not what counts
     x = torch.randn(n, d, generator=generator)
     gram = gpu.empty((n, n), torch.float32) if gpu else empty((n, n), torch.float32)
+    backend = gpu.backend if gpu else prepared.backend
     speeds = {}
     for dtype in sorted(dtypes):
-        points = x.to(device, torch_dtype(dtype))
+        points = x.to(gram.device, torch_dtype(dtype))
         multiply = partial(ops.gram, points, out=gram, backend=backend)
-        speeds[dtype] = n * n * d / best(multiply, 0.6 / len(dtypes))
+        speeds[dtype] = n * n * d / _best(multiply, 0.6 / len(dtypes), gpu)
     if prepared.budget.clustered_on_host:
-        gpu, backend, device = None, prepared.backend, torch.device("cpu")
+        gpu, backend = None, prepared.backend
     n, k, seconds = _CLUSTERING_PROBE
-    gram = ops.gram(x[:n, :1024].to(device).contiguous(), backend=backend)
-    clustering = best(partial(cluster, gram=gram, n_clusters=k, overwrite_gram=True, backend=backend), 0.4) / seconds
+    gram = ops.gram(x[:n, :1024].to(gpu.device if gpu else "cpu").contiguous(), backend=backend)
+    clustering = _best(partial(cluster, gram=gram, n_clusters=k, overwrite_gram=True, backend=backend), 0.4, gpu) / seconds
     blob = bytes(1 << 25)
     read = _read_rate(prepared.checkpoint)
     return Rates(
@@ -231,16 +225,21 @@ def _copy_rates(gpu: Gpu) -> tuple[float, float]:
             there.nbytes / _best(lambda queue=queue, way=way: queue.put(partial(gpu.copy, *way)).synchronize(), 0.05)  # type: ignore[misc]
             for queue, way in ((gpu.up, (there, here)), (gpu.down, (here, there)))
         ]
-        gpu.release()
+        pool.give_back(here)
     return rates[0], rates[1]
 
 
-def _best(action: Callable[[], object], seconds: float) -> float:
+def _best(action: Callable[[], object], seconds: float, gpu: Gpu | None = None) -> float:
     """Of as many rounds as so many seconds have room for, and two: a busy machine is not slow all the time."""
     times: list[float] = []
+    if gpu:
+        gpu.release()  # what is worked on is there
     while len(times) < 2 or sum(times) < seconds:
         start = time.perf_counter()
-        action()
+        if gpu:
+            gpu.kernels.put(action).synchronize()
+        else:
+            action()
         times.append(time.perf_counter() - start)
     return min(times)
 

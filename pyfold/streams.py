@@ -6,7 +6,8 @@ What is put into a queue is done in order, later than ``put`` returns. All that 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -20,15 +21,25 @@ from pyfold.ops import cuda
 Event = torch.cuda.Event
 
 
+@contextmanager
+def memory_errors(device: torch.device) -> Iterator[None]:
+    """What torch raises where a device has no more memory, as Python does, in one line."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise MemoryError(f"{device}: {str(error).partition('. ')[0]}") from None
+
+
 class Queue:
     """One stream."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream = torch.cuda.Stream(device)
 
     def put(self, action: Callable[[], object], *after: Event) -> Event:
         """Have ``action`` done once every event of ``after`` has passed; the event that it has been done."""
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), memory_errors(self._device):
             for event in after:
                 self._stream.wait_event(event)
             action()
@@ -70,7 +81,7 @@ class Gpu:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory on the device; to be dropped only before :meth:`release`, for all queues may be using it until then."""
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), memory_errors(self.device):
             return torch.empty(shape, dtype=dtype, device=self.device)
 
     def release(self) -> None:

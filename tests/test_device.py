@@ -22,6 +22,7 @@ from pyfold.io.safetensors import ITEM_SIZE, TensorInfo
 from pyfold.pipeline import Prepared, prepare
 from pyfold.plan import make_plan, parse_size
 from pyfold.report import forecast_table, summary
+from pyfold.streams import memory_errors
 
 MIB = 2**20
 QUEUES = ["up", "kernels", "down"]
@@ -128,10 +129,11 @@ def test_a_failure_on_the_device_is_raised_and_leaves_nothing(tmp_path: Path, mo
     gpu = EmulatedGpu("up", monkeypatch)
 
     def fail(*args: object) -> None:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
+        with memory_errors(torch.device("cuda", 1)):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 1 has ...")
 
     monkeypatch.setattr(gpu, "ward", fail, raising=False)
-    with pytest.raises(MemoryError, match=r"^emulated: CUDA out of memory$"):
+    with pytest.raises(MemoryError, match=r"^cuda:1: CUDA out of memory$"):
         fold_checkpoint(source, tmp_path / "dst", ratio=0.25, device="cuda")
     assert not gpu.pinned
 
