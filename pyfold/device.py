@@ -188,7 +188,7 @@ class OnGpu:
         self._up, self._down = self._slots(self._size.up), self._slots(self._size.down)
         labels = found.labels.cpu()
         self._labels = self._gpu.empty(tuple(labels.shape), torch.int64)
-        self._gpu.up.put(partial(self._gpu.copy, self._labels[None], labels[None])).synchronize()
+        self._gpu.up.put(partial(self._gpu.copy, self._labels[None], labels[None]))  # whoever waits for a panel waits for it
         return replace(found, labels=labels)
 
     def merge(self, values: Tensor, clusters: Clustering, dtype: torch.dtype, check: Check, *, consumer: bool) -> Merged:
