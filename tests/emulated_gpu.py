@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,13 +43,14 @@ class Event:
 class Queue:
     """A thread. Order and events as a stream has them."""
 
-    def __init__(self, slow: bool) -> None:
-        self._slow, self._random = slow, random.Random(0)
+    def __init__(self, name: str, slow: bool, log: list[str]) -> None:
+        self._name, self._slow, self._log, self._random = name, slow, log, random.Random(0)
         self._actions: queue.SimpleQueue[tuple[Callable[[], object], tuple[Event, ...], Event]] = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
     def put(self, action: Callable[[], object], *after: Event) -> Event:
         done = Event()
+        self._log.append(self._name)
         self._actions.put((action, after, done))
         return done
 
@@ -67,13 +69,17 @@ class Queue:
 
 
 class EmulatedGpu:
-    """As :class:`pyfold.streams.Gpu`. ``slow``: up, kernels or down."""
+    """As :class:`pyfold.streams.Gpu`. ``slow``: up, kernels or down; ``ops``: its backend, the cpu's by default."""
 
     name, held, backend, device = "emulated", 0, "reference", torch.device("cpu")
 
-    def __init__(self, slow: str, monkeypatch: pytest.MonkeyPatch, memory: int = 1 << 40) -> None:
-        self.up, self.kernels, self.down = (Queue(slow == name) for name in ("up", "kernels", "down"))
-        self.memory, self.taken, self.kept, self.most = memory, 0, 0, 0
+    memory = 1 << 40
+
+    def __init__(self, slow: str, monkeypatch: pytest.MonkeyPatch, ops: Any = None) -> None:
+        self.log: list[str] = []  # queues in the order in which something was put into them
+        self.up, self.kernels, self.down = (Queue(name, slow == name, self.log) for name in ("up", "kernels", "down"))
+        self._ops = ops or cpu.CpuBackend(cpu.simd_levels()[0])
+        self.taken, self.kept, self.most = 0, 0, 0
         self.pinned: dict[int, int] = {}
         self._lock = threading.Lock()
         monkeypatch.setitem(registry._BACKENDS, "reference", self)  # the one that takes tensors of any device
@@ -114,7 +120,7 @@ class EmulatedGpu:
     def peak(self) -> int:
         return self.most
 
-    # The backend: the cpu's kernels, and the memory of cuda's.
+    # The backend, with the memory that cuda's takes.
 
     def unavailable(self) -> None:
         """Runs everywhere."""
@@ -122,14 +128,14 @@ class EmulatedGpu:
     def gram(self, xs: list[torch.Tensor], outs: list[torch.Tensor], accumulate: bool, transposed: bool) -> None:
         n = max(out.shape[1] for out in outs)
         with self._taking(cuda.gram_bytes(n, xs[0].dtype) if accumulate else 0):
-            _cpu().gram(xs, outs, accumulate, transposed)
+            self._ops.gram(xs, outs, accumulate, transposed)
 
     def ward(self, grams: list[torch.Tensor], n_clusters: list[int], weights: list[torch.Tensor]) -> object:
         with self._taking(sum(2 * len(g) * (len(g) - 1) for g in grams)):
-            return _cpu().ward(grams, n_clusters, weights)
+            return self._ops.ward(grams, n_clusters, weights)
 
     def __getattr__(self, op: str) -> object:
-        return getattr(_cpu(), op)
+        return getattr(self._ops, op)
 
     @contextmanager
     def _taking(self, n_bytes: int) -> Iterator[None]:
@@ -146,10 +152,6 @@ class EmulatedGpu:
         with self._lock:
             self.taken += n_bytes
             self.most = max(self.most, self.taken)
-
-
-def _cpu() -> cpu.CpuBackend:
-    return cpu.CpuBackend(cpu.simd_levels()[0])
 
 
 def _poisoned(give_back: Callable[[Pool, torch.Tensor], None]) -> Callable[[Pool, torch.Tensor], None]:

@@ -11,14 +11,16 @@ from conftest import check_refused, run_cli, tensors_of, tiny_checkpoint, tree, 
 from emulated_gpu import EmulatedGpu
 from test_budget import OPTIONS, least
 
-from pyfold import fold_checkpoint, gpu_budget
+from pyfold import cluster, fold_checkpoint, gpu_budget, merge_rows
 from pyfold.budget import Budget, make_budget
 from pyfold.cli import main
+from pyfold.device import OnGpu
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
 from pyfold.forecast import forecast
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.safetensors import ITEM_SIZE, TensorInfo
+from pyfold.memory import Pool
 from pyfold.pipeline import Prepared, prepare
 from pyfold.plan import make_plan, parse_size
 from pyfold.report import forecast_table, summary
@@ -35,15 +37,17 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     """The same on the host."""
     folder = tmp_path_factory.mktemp("host") / "dst"
     fold_checkpoint(source, folder, ratio=0.25)
-    return hashes(folder)
+    return numbers(folder)
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    return json.loads((folder / "pyfold.json").read_text())["sha256"]
+def numbers(folder: Path) -> list[object]:
+    """The hash of every tensor, and the inertias, in which every bit of G shows."""
+    record = json.loads((folder / "pyfold.json").read_text())
+    return [record["sha256"], record["groups"]]
 
 
 def prepared(source: Path, gpu_memory: object, host_memory: object = None) -> Prepared:
@@ -59,7 +63,7 @@ def least_gpu_memory(source: Path) -> int:
 @pytest.mark.parametrize("host", ["whole", "pieces"])
 @pytest.mark.parametrize("slow", QUEUES)
 def test_a_fold_on_a_gpu(
-    source: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str, host: str
+    source: Path, expected: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str, host: str
 ) -> None:
     """The kernels are the cpu's, so that the bytes must be too: G on the device, and in strips, the lowest and higher ones."""
     gpu = EmulatedGpu(slow, monkeypatch)
@@ -81,7 +85,7 @@ def test_a_fold_on_a_gpu(
             source, tmp_path / f"dst-{memory}", ratio=0.25, host_memory=limit, device="cuda", gpu_memory=memory
         )
         print(f"{slow} {host}: strips of {cut.strip}, {cut.features} features, {gpu.most:,} of {planned:,} bytes on the device")
-        assert hashes(tmp_path / f"dst-{memory}") == expected
+        assert numbers(tmp_path / f"dst-{memory}") == expected
         assert 0.7 * planned <= gpu.most <= planned
         assert report.gpu.peak == gpu.most
         assert gpu.taken == 0, "nothing is left there"
@@ -91,6 +95,26 @@ def test_a_fold_on_a_gpu(
         assert record["backend"] == ("reference" if cut.strip is None else f"reference+{record['backend'].partition('+')[2]}")
     assert None in places
     assert len(places) == 3, places
+
+
+def test_the_next_panel_goes_up_before_one_is_computed_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the kernels would wait for every copy: what is asked of them may wait for the device."""
+    gpu = EmulatedGpu("kernels", monkeypatch)
+    values = torch.randn(40, 3 * gpu_budget.PANEL)
+    with Pool(0, gpu.pin, gpu.unpin) as pool:
+        device = OnGpu(gpu, {"group": gpu_budget.Buffers(40, 6400, values.nbytes, values.nbytes, 0)}, "auto", pool)
+        with device.group("group"):
+            device.strip(40, 40)
+            device.gram(values, transposed=False)
+            assert gpu.log == ["up", "up", "kernels", "up", "kernels", "kernels"]
+            clusters = device.cluster(30, None)
+            gpu.log.clear()
+            merged = device.merge(values, clusters, torch.float32, lambda block: None, consumer=False)
+            assert gpu.log == ["up", "up", "kernels", "down", "up", "kernels", "down", "kernels", "down"]
+            merged.settle()
+    expected = cluster(values, n_clusters=30)
+    assert torch.equal(clusters.labels, expected.labels)
+    assert torch.equal(merged.values, merge_rows(values, expected.labels, 30))
 
 
 @pytest.mark.parametrize("slow", QUEUES)
