@@ -21,7 +21,9 @@ from pyfold.plan import Plan
 PANEL = 1024
 _MERGING = 64  # bytes a unit: its label, and what sorts units by cluster
 _CUBLAS = 32 << 20  # what cuBLAS works in on an H100; on others less
-_SLACK = 64 << 20  # small tensors, those of the inertia; torch rounds up to 2 MiB, and gives 20 for what is less than 10
+# Of small tensors: those of the inertia alone are six of 8 MiB, for every two of which torch reserves 20; and it rounds all
+# that is larger up to 2 MiB.
+_SLACK = 80 << 20
 
 
 @dataclass(frozen=True)

@@ -112,8 +112,9 @@ def fold_checkpoint(
     -----
     Features of unit i: its gate and up rows, their biases, its down column. Clusters: :func:`pyfold.cluster`. Merge: rows are
     averaged, columns summed (Wang et al., "Forget the Data and Fine-Tuning! Just Fold the Network to Compress", ICLR 2025).
-    The bytes of the result depend on the source's files, the options, the backend and its SIMD level alone; a source asked for
-    by a hub id is named as base_model in the model card.
+    The bytes of the result depend on the source's files, the options, the backend and its SIMD level alone; of a GPU, on its kind
+    and on which groups the host clusters, which the record names. A source asked for by a hub id is named as base_model in the
+    model card.
     """
     started = time.perf_counter()
     if ray:
@@ -308,6 +309,7 @@ def _run_record(checkpoint: Checkpoint, report: FoldReport) -> dict[str, Any]:
         "source": str(checkpoint.path.resolve()),
         "seconds": report.seconds,
         "peak_rss_bytes": report.peak_rss_bytes,
+        **({"gpu": vars(report.gpu)} if report.gpu else {}),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": platform.python_version(),

@@ -90,6 +90,8 @@ def test_a_fold_on_a_gpu(
         assert report.gpu.peak == gpu.most
         assert gpu.taken == 0, "nothing is left there"
         assert not gpu.pinned
+        run = json.loads((tmp_path / f"dst-{memory}" / "pyfold-run.json").read_text())
+        assert run["gpu"] == {"name": "emulated", "peak": gpu.most, "planned": budget.gpu_peak, "held": 0}
         record = json.loads((tmp_path / f"dst-{memory}" / "pyfold.json").read_text())
         assert record["options"]["clustered_on_host"] == ([] if cut.strip is None else ["layers.0.mlp", "layers.1.mlp"])
         assert record["backend"] == ("reference" if cut.strip is None else f"reference+{record['backend'].partition('+')[2]}")

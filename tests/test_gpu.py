@@ -306,7 +306,7 @@ def test_a_fold_keeps_to_its_gpu_memory(checkpoint: Path, tmp_path: Path) -> Non
     for name, fold in {"whole": whole, **folds}.items():
         gpu = fold["gpu"]
         print(f"{name}: {gpu['peak'] >> 20} MiB of {gpu['planned'] >> 20} planned, {gpu['held'] >> 20} held before")
-        assert gpu["planned"] - (100 << 20) <= gpu["peak"] <= gpu["planned"], "96 MiB of it are for libraries and small tensors"
+        assert gpu["planned"] - (120 << 20) <= gpu["peak"] <= gpu["planned"], "112 MiB are for libraries and small tensors"
         assert gpu["held"] > 0
     assert tree(tmp_path / "fits") == tree(tmp_path / "whole")
     assert tree(tmp_path / "least") == tree(tmp_path / "higher")
