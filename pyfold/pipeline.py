@@ -112,9 +112,9 @@ def fold_checkpoint(
     -----
     Features of unit i: its gate and up rows, their biases, its down column. Clusters: :func:`pyfold.cluster`. Merge: rows are
     averaged, columns summed (Wang et al., "Forget the Data and Fine-Tuning! Just Fold the Network to Compress", ICLR 2025).
-    The bytes of the result depend on the source's files, the options, the backend and its SIMD level alone; of a GPU, on its kind
-    and on which groups the host clusters, which the record names. A source asked for by a hub id is named as base_model in the
-    model card.
+    The bytes of the result depend on the source's files, the options, the backend and its SIMD level alone; with a GPU, on its
+    kind and on which groups the host clusters, which the record names. A source asked for by a hub id is named as base_model in
+    the model card.
     """
     started = time.perf_counter()
     if ray:
