@@ -82,7 +82,8 @@ def strip_limits(checkpoint: Checkpoint, plan: Plan, gpu_memory: int, *, spills:
         least = buffers(group, k, checkpoint, plan, row_of_panels(group))
         needs[group.name] = min(whole.peak, least.peak) if spills else whole.peak
         most = buffers(group, k, checkpoint, plan, gpu_memory)  # so large that the peak is while it is there
-        limits[group.name] = None if whole.peak <= gpu_memory else gpu_memory - (most.peak - most.gram)
+        left = min(gpu_memory - (most.peak - most.gram), whole.gram)
+        limits[group.name] = None if whole.peak <= gpu_memory else left
     name = max(needs, key=lambda name: needs[name])
     if gpu_memory < needs[name]:
         raise PyfoldError(
