@@ -131,10 +131,12 @@ def test_one_process_goes_on_where_the_driver_was_stopped(
     driver = subprocess.Popen(
         [sys.executable, "-m", "pyfold", *command, f"--ray={cluster.address}"], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
+    worker = stopped_in_a_job(cluster.list_all_nodes(), partial(dst) / RESULT)  # so that there is something left to do
     while len(Journal(partial(dst) / JOURNAL).done) < 2:  # of the second the driver may not know yet
         assert driver.poll() is None
         time.sleep(0.005)
     driver.send_signal(how)
+    worker.resume()
     _, error = driver.communicate(timeout=60)
     if how == signal.SIGINT:
         assert driver.returncode == 130, error
