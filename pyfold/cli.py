@@ -181,20 +181,35 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from pyfold.evaluate import perplexity
+    from pyfold.compare import compare
+    from pyfold.report import comparison_table
 
+    if args.tasks_folder and args.tasks is None:
+        raise PyfoldError("--tasks-folder: which tasks? name them by --tasks")
+    if args.picture:
+        from pyfold.picture import Picture
+
+        picture = Picture(args.picture)
     text = None
     if args.text:
         try:
             text = Path(args.text).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise PyfoldError(f"{args.text}: not UTF-8 text ({error})") from None
-    with _progress_bar(args, "tok") as progress:
-        result = perplexity(args.source, text=text, max_tokens=args.tokens, context=args.context, progress=progress)
-    if args.json:
-        print(json.dumps({"source": str(args.source), **vars(result)}, indent=2))
-    else:
-        print(f"perplexity {result.perplexity:.4f} over {result.n_tokens} tokens, context {result.context}: {args.source}")
+    with _progress_bar(args, "") as progress:
+        rows = compare(
+            args.sources,
+            text=text,
+            max_tokens=args.tokens,
+            context=args.context,
+            windows=args.windows,
+            tasks=() if args.tasks is None else args.tasks.split(","),
+            tasks_folder=args.tasks_folder,
+            progress=progress,
+        )
+    print(json.dumps([vars(row) for row in rows], indent=2) if args.json else comparison_table(rows))
+    if args.picture:
+        picture.draw(rows)
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -306,17 +321,36 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser(
         "eval",
-        help="measure perplexity",
-        description="Perplexity of SRC by sliding window, in fp32 on the CPU through transformers.",
-        epilog="Example: pyfold eval ./model --text wiki.txt --tokens 16384",
+        help="measure and compare perplexity and accuracies",
+        description="Perplexity of each SRC by sliding window, in fp32 on the CPU through transformers; several in a table, "
+        "loaded one at a time, against the first.",
+        epilog="Example: pyfold eval ./model ./folded --text wiki.txt --windows 32",
     )
-    evaluate.add_argument("source", metavar="SRC", help="checkpoint folder or Hugging Face model id")
+    evaluate.add_argument("sources", metavar="SRC", nargs="+", help="checkpoint folder or Hugging Face model id")
     evaluate.add_argument(
         "--text", metavar="FILE", help="UTF-8 text; by default the documentation topics that ship with Python"
     )
     evaluate.add_argument("--tokens", type=int, metavar="N", help="use the first N tokens of the text (default: all)")
     evaluate.add_argument(
         "--context", type=int, default=1024, metavar="N", help="tokens a window (default 1024), half of them new"
+    )
+    evaluate.add_argument(
+        "--windows",
+        type=int,
+        metavar="N",
+        help="N windows spread evenly over the text, each scored on its own, instead of one that slides over all of it",
+    )
+    evaluate.add_argument(
+        "--tasks",
+        metavar="LIST",
+        help="accuracies by lm-evaluation-harness too, as in arc_easy,hellaswag; needs pip install 'pyfold[tasks]', and the "
+        "tasks' data are downloaded",
+    )
+    evaluate.add_argument("--tasks-folder", metavar="DIR", help="folder of task files (YAML) besides the harness's own")
+    evaluate.add_argument(
+        "--picture",
+        metavar="FILE.png",
+        help="draw perplexity against parameters, a point a checkpoint; needs pip install 'pyfold[plot]'",
     )
     _common_options(evaluate)
     evaluate.set_defaults(run=_eval)

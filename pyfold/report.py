@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pyfold.compare import Measured
     from pyfold.forecast import Forecast
 
 
@@ -217,3 +220,37 @@ def forecast_table(forecast: Forecast) -> str:
         f"disk        {forecast.disk_needed:,} bytes needed, {forecast.disk_free:,} free",
     ]
     return "\n".join(lines)
+
+
+def comparison_table(rows: Sequence[Measured]) -> str:
+    """Checkpoints as a person compares them: a line for one, a table for several; accuracies with standard errors."""
+    first = rows[0]
+    windows = "context" if first.windows is None else f"{first.windows} windows of"
+    how = f"over {first.n_tokens} tokens, {windows} {first.context}"
+    columns = {task: headline(metrics) for task, metrics in first.tasks.items()}
+    heads = [f"{task} {metric}" for task, metric in columns.items()]
+    scores = [[_score(row.tasks[task], metric) for task, metric in columns.items()] for row in rows]
+    if len(rows) == 1:
+        lines = [f"perplexity {first.perplexity:.4f} {how}: {first.source}"]
+        return "\n".join(lines + [f"{head} {score}" for head, score in zip(heads, scores[0], strict=True)])
+    cells = [["checkpoint", "parameters", "bytes", "perplexity", "x first", *heads]]
+    for row, shown in zip(rows, scores, strict=True):
+        cells.append([row.source, f"{row.parameters:,}", f"{row.bytes:,}", f"{row.perplexity:.4f}", f"{row.ratio:.3f}", *shown])
+    name, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
+    lines = [
+        f"{line[0]:<{name}}" + "".join(f"{cell:>{width + 2}}" for cell, width in zip(line[1:], widths, strict=True))
+        for line in cells
+    ]
+    return "\n".join([*lines, "", f"perplexity {how}"])
+
+
+def headline(metrics: dict[str, float]) -> str:
+    """The metric to show of a task: normalised accuracy, accuracy, or the first it has."""
+    return next((name for name in ("acc_norm", "acc") if name in metrics), next(iter(metrics)))
+
+
+def _score(metrics: dict[str, float], name: str) -> str:
+    error = metrics.get(f"{name}_stderr")
+    share = name.startswith(("acc", "exact_match"))
+    scale = 100 if share else 1
+    return f"{scale * metrics[name]:.2f}" + (f" ± {scale * error:.2f}" if error is not None else "") + (" %" if share else "")

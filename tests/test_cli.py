@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import (
     ROOT,
     UP,
@@ -95,44 +94,6 @@ def test_inspect_reads_headers_only(source: Path, tmp_path: Path) -> None:
     assert result["parameters"] == sum(tensor.numel() for tensor in tensors_of(source).values())
     code = f"import sys; from pyfold.cli import main; main(['inspect', {str(source)!r}]); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
-
-
-def test_eval_is_the_perplexity_of_the_model(smollm2: Path, tmp_path: Path) -> None:
-    """One window: exactly transformers' own loss. Several: every token scored once."""
-    text = "The quick brown fox jumps over the lazy dog. " * 8 + "Model folding merges neurons that do the same thing."
-    (tmp_path / "text.txt").write_text(text)
-    from transformers import AutoTokenizer
-
-    ids = AutoTokenizer.from_pretrained(smollm2)(text, return_tensors="pt").input_ids
-    with torch.inference_mode():
-        expected = float(load(smollm2)(ids, labels=ids).loss.exp())
-    shown = json.loads(run_cli("eval", smollm2, "--text", tmp_path / "text.txt", "--json").stdout)
-    assert shown["n_tokens"] == ids.shape[1] - 1
-    assert shown["perplexity"] == pytest.approx(expected, rel=1e-4)
-    windows = run_cli("eval", smollm2, "--text", tmp_path / "text.txt", "--context", "32", "--tokens", "80")
-    assert "over 79 tokens, context 32" in windows.stdout
-    assert windows.returncode == 0
-
-
-def test_eval_runs_only_code_that_pyfold_wrote(source: Path, tmp_path: Path) -> None:
-    from pyfold.deliver.huggingface import has_own_modeling_file
-    from pyfold.families import FAMILIES
-
-    folded = tmp_path / "dst"
-    run_cli("fold", source, folded, "--ratio", "0.25", "--layers", "1")
-    assert has_own_modeling_file(folded, FAMILIES)
-    (folded / "modeling_pyfold.py").write_text((folded / "modeling_pyfold.py").read_text() + "\nprint('mine')\n")
-    assert not has_own_modeling_file(folded, FAMILIES)
-    (folded / "modeling_pyfold.py").write_text((folded / "modeling_pyfold.py").read_text().replace("\nprint('mine')\n", ""))
-    assert has_own_modeling_file(folded, FAMILIES)
-    own = json.loads((folded / "config.json").read_text())["auto_map"]
-    for foreign in ({"AutoModelForCausalLM": "owner/repo--evil.Evil"}, {"AutoConfig": "evil.Evil"}):
-        patch_json(folded / "config.json", auto_map={**own, **foreign})
-        assert not has_own_modeling_file(folded, FAMILIES)
-    refused = run_cli("eval", folded)
-    assert refused.returncode == 2
-    assert "mine" not in refused.stdout
-    assert refused.stderr.count("\n") == 1
 
 
 def test_help_names_every_option() -> None:
