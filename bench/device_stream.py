@@ -69,7 +69,8 @@ def copy(source: Path, target: Path, n_bytes: int) -> float:
     shard = Shard(target, {"all": ("U8", (n_bytes,))})
     buffers: deque[tuple[torch.Tensor, tuple[Event, ...]]] = deque((gpu.empty((PIECE,), torch.uint8), ()) for _ in range(4))
     going_up: deque[tuple[torch.Tensor, Event]] = deque()
-    with Pool(8 * PIECE, gpu.pin, gpu.unpin) as pool, Reader(pool) as reader, Behind() as behind:
+    # Four pieces are read ahead, three go up, four wait to be written, and one is in hand at each end of that.
+    with Pool(16 * PIECE, gpu.pin, gpu.unpin) as pool, Reader(pool) as reader, Behind() as behind:
 
         def write(block: torch.Tensor, ready: Event, at: int) -> None:
             ready.synchronize()
@@ -87,7 +88,7 @@ def copy(source: Path, target: Path, n_bytes: int) -> float:
                 buffer, free = buffers.popleft()
                 there = buffer[: values.nbytes].view(1, -1)
                 up = gpu.up.put(partial(gpu.copy, there, values), *free)
-                block = pool.empty((1, due), torch.uint8)
+                block = pool.empty((1, PIECE), torch.uint8)[:, :due]  # all of a size, so that any is used again
                 down = gpu.down.put(partial(gpu.copy, block, there[:, :due]), up)
                 buffers.append((buffer, (down,)))
                 behind.put(due, partial(write, block, down, written))

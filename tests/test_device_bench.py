@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,14 +51,25 @@ def test_the_copy_that_folds_are_measured_against(tmp_path: Path, monkeypatch: p
     import device_stream
 
     from pyfold.io.checkpoint import open_checkpoint
-    from pyfold.io.safetensors import Reader, as_bytes
+    from pyfold.io.safetensors import Reader, Shard, as_bytes
 
-    checkpoint = open_checkpoint(write_synthetic(tmp_path / "src", 2, 1500, 3500))
+    checkpoint = open_checkpoint(write_synthetic(tmp_path / "src", 1, 3000, 5500))
     gpu = EmulatedGpu(slow, monkeypatch)
     monkeypatch.setattr("pyfold.streams.open_device", lambda name: gpu)
+    pinned: list[int] = []
+    pin, write = gpu.pin, Shard.write
+    monkeypatch.setattr(gpu, "pin", lambda block: (pinned.append(block.nbytes), pin(block)))
+
+    def write_late(*args: Any) -> None:
+        time.sleep(0.02)
+        write(*args)
+
+    monkeypatch.setattr(Shard, "write", write_late)
     with Reader() as reader:
         expected = b"".join(as_bytes(reader.read(info)) for info in checkpoint.tensors.values())
     assert device_stream.copy(tmp_path / "src", tmp_path / "all", len(expected)) > 0
     assert (tmp_path / "all").read_bytes()[-len(expected) :] == expected
+    print(f"{slow}: {len(pinned)} blocks of {sum(pinned):,} bytes pinned")
+    assert len(pinned) <= 16, "what is pinned is used again, also where writing is what takes longest"
     device_stream.copy(tmp_path / "src", tmp_path / "part", len(expected) // 3)
     assert 0 < (tmp_path / "part").stat().st_size - len(expected) // 3 < 4096, "and a header"
