@@ -176,6 +176,7 @@ class OnGpu:
         assert self._computed
         strip = self._pool.empty(tuple(self._strip.shape), torch.float32)
         self._gpu.down.put(partial(self._gpu.copy, strip, self._strip), self._computed).synchronize()
+        self._reap(0)  # all of it went up before; clustering on the host counts on its room
         file.write(strip)
         self._pool.give_back(strip)
 

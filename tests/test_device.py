@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from test_budget import OPTIONS, least
 from pyfold import cluster, fold_checkpoint, gpu_budget, merge_rows
 from pyfold.budget import Budget, make_budget
 from pyfold.cli import main
+from pyfold.clustering import Clustering
 from pyfold.device import OnGpu
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
@@ -21,6 +23,7 @@ from pyfold.forecast import forecast
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.safetensors import ITEM_SIZE, TensorInfo
 from pyfold.memory import Pool
+from pyfold.ops import GramFile
 from pyfold.pipeline import Prepared, prepare
 from pyfold.plan import make_plan, parse_size
 from pyfold.report import forecast_table, summary
@@ -117,6 +120,32 @@ def test_the_next_panel_goes_up_before_one_is_computed_with(monkeypatch: pytest.
     expected = cluster(values, n_clusters=30)
     assert torch.equal(clusters.labels, expected.labels)
     assert torch.equal(merged.values, merge_rows(values, expected.labels, 30))
+
+
+def test_the_host_clusters_with_nothing_of_the_group_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is counted on for clustering."""
+    gpu = EmulatedGpu("up", monkeypatch)
+    n, panel = 2 * gpu_budget.PANEL, gpu_budget.PANEL
+    with Pool(0, gpu.pin, gpu.unpin) as pool, GramFile(tmp_path, n) as file:
+        device = OnGpu(gpu, {"group": gpu_budget.Buffers(n, 4 * n * n, 4 * n * panel, 4 * n * panel, 0)}, "auto", pool)
+        lent: list[int] = []
+
+        def look(**arguments: Any) -> Clustering:
+            lent.append(len(pool._lent))
+            return cluster(**arguments)
+
+        monkeypatch.setattr("pyfold.device.cluster", look)
+        with device.group("group"):
+            for begin in range(0, n, panel):
+                device.strip(panel, n - begin)
+                for _ in range(2):
+                    values = pool.empty((n - begin, panel), torch.float32)
+                    values.normal_()
+                    device.gram(values, transposed=False)
+                    device.give_back(values)
+                device.spill(file)
+            device.cluster(1600, file)
+    assert lent == [0]
 
 
 @pytest.mark.parametrize("slow", QUEUES)
