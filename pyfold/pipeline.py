@@ -11,6 +11,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -187,13 +188,15 @@ def fold_checkpoint(
 
 @dataclass(frozen=True)
 class Prepared:
-    """A fold before a weight is read: what, to what, in how much memory, and the options on which its bytes depend."""
+    """A fold before a weight is read: what, to what, in how much memory (on a GPU: at most, 0 without one), and the options on
+    which its bytes depend."""
 
     checkpoint: Checkpoint
     family: Family
     plan: Plan
     budget: Budget
     gpu: Gpu | None
+    gpu_memory: int
     backend: str
     options: dict[str, Any]
 
@@ -248,15 +251,15 @@ def prepare(
     }
     backend = ops.resolve(backend)
     gpu = open_device(device)
-    room = None
+    room = 0
     if gpu:
         room = gpu.free() if gpu_memory is None else parse_size(gpu_memory, "gpu_memory")
     held = rss_bytes() + beside
     limit = held + bytes_free(torch.device("cpu")) if host_memory is None else parse_size(host_memory, "host_memory")
-    budget = make_budget(checkpoint, plan, limit, held, spills=backend.startswith("cpu"), gpu_memory=room)
+    budget = make_budget(checkpoint, plan, limit, held, spills=backend.startswith("cpu"), gpu_memory=room if gpu else None)
     if gpu:
         options |= {"device": gpu.name, "clustered_on_host": budget.clustered_on_host}
-    return Prepared(checkpoint, family, plan, budget, gpu, backend, options)
+    return Prepared(checkpoint, family, plan, budget, gpu, room, backend, options)
 
 
 def _write_weights(
@@ -291,7 +294,8 @@ def _write_weights(
 
     jobs = make_jobs(checkpoint, plan, source)
     run = partial(distributed.run_jobs, ray if isinstance(ray, str) else None) if ray else partial(run_jobs, gpu=prepared.gpu)
-    with Output(stage.folder, plan.tensors, plan.shards, frozenset(source)) as output:
+    limited = prepared.gpu.limited(prepared.gpu_memory) if prepared.gpu else nullcontext()
+    with limited, Output(stage.folder, plan.tensors, plan.shards, frozenset(source)) as output:
         run(jobs, output, plan, prepared.budget, prepared.backend, record=record, advance=advance, trace=trace)
     assert result.keys() == plan.tensors.keys(), f"not written: {plan.tensors.keys() - result.keys()}"
     advance(0, "done")

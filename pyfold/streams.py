@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from pyfold import ops
 from pyfold.clustering import cluster
 from pyfold.errors import PyfoldError
+from pyfold.gpu_budget import PANEL
 from pyfold.ops import cuda
 
 Event = torch.cuda.Event
@@ -57,7 +58,7 @@ class Gpu:
         Copies to the device, what computes on it, copies from it.
     name : str
     held : int
-        Bytes that context and libraries, and other processes, hold on it before the first tensor.
+        Bytes that context and libraries, other processes, and tensors of this one hold on it before the first of a fold.
     backend : str
         Of the ops on its tensors.
     """
@@ -67,17 +68,14 @@ class Gpu:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.name = torch.cuda.get_device_name(device)
-        self.up, self.kernels, self.down = (Queue(device) for _ in range(3))
-        for dtype in ops.FLOATS:
-            self.kernels.put(partial(self._load, dtype))
+        self.up, self.kernels, self.down = _queues(device)
+        workspace = _workspace(device)
+        self.kernels.put(partial(_load, device, self.backend))  # again: another thread has a workspace of its own
         self.release()
         free, total = torch.cuda.mem_get_info(device)
-        self.held = total - free - torch.cuda.memory_reserved(device)
+        self.held = total - free - workspace
+        self._others = torch.cuda.memory_reserved(device) - workspace
         torch.cuda.reset_peak_memory_stats(device)
-
-    def _load(self, dtype: torch.dtype) -> None:
-        """Have cuBLAS, and kernels that are loaded when first used, hold now what they will hold, here and on the host."""
-        cluster(torch.eye(3, dtype=dtype, device=self.device), n_clusters=2, backend=self.backend)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory on the device; to be dropped only before :meth:`release`, for all queues may be using it until then."""
@@ -86,8 +84,22 @@ class Gpu:
 
     def release(self) -> None:
         """Once all queues are done, give back what no tensor holds."""
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
+        _release(self.device)
+
+    @contextmanager
+    def limited(self, n_bytes: int) -> Iterator[None]:
+        """Within, torch reserves no more than so many bytes beside what was there before: it first gives back what lies idle,
+        then raises."""
+        _, total = torch.cuda.mem_get_info(self.device)
+        # An older torch cannot say, and begins with all of it.
+        get = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+        before = get(self.device)
+        ours = (n_bytes + self._others + 1) / total  # torch rounds down
+        torch.cuda.set_per_process_memory_fraction(min(ours, before), self.device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(before, self.device)
 
     def copy(self, to: Tensor, source: Tensor) -> None:
         """Rows from host to device or back; to be put into a queue."""
@@ -110,8 +122,47 @@ class Gpu:
         return torch.cuda.mem_get_info(self.device)[0]
 
     def peak(self) -> int:
-        """Bytes at most that tensors, and what torch keeps of them, have taken."""
-        return torch.cuda.max_memory_reserved(self.device)
+        """Bytes at most that tensors, what torch keeps of them, and cuBLAS have taken, beside what was there before."""
+        return torch.cuda.max_memory_reserved(self.device) - self._others
+
+
+@cache
+def _queues(device: torch.device) -> tuple[Queue, Queue, Queue]:
+    """For the life of the process: torch keeps a workspace of cuBLAS for every stream that has had a product, for good."""
+    return Queue(device), Queue(device), Queue(device)
+
+
+@cache
+def _workspace(device: torch.device) -> int:
+    """Bytes of that workspace, measured before the first fold."""
+    _release(device)
+    before = torch.cuda.memory_reserved(device)
+    _queues(device)[1].put(partial(_load, device, Gpu.backend))
+    _release(device)
+    return torch.cuda.memory_reserved(device) - before
+
+
+def _load(device: torch.device, backend: str) -> None:
+    """Have cuBLAS, and kernels that are loaded when first used, hold now what they will hold, here and on the host.
+
+    Which kernel that is depends on the shape: a product of panels, and labels too many for torch's sort of few numbers.
+    """
+    n, many = 2 * cuda.PANEL, 8 * cuda.PANEL
+    gram = torch.zeros(n, n, device=device)
+    labels = torch.arange(many, device=device) // 2
+    for dtype in ops.FLOATS:
+        x = torch.eye(n, PANEL, dtype=dtype, device=device)
+        for points, transposed in ((x, False), (x.T.contiguous(), True)):
+            for accumulate in (False, True):
+                ops.gram(points, out=gram, accumulate=accumulate, transposed=transposed, backend=backend)
+        ops.merge_rows(x.view(many, -1), labels, many // 2, backend=backend)
+        ops.merge_columns(x.view(-1, many), labels, many // 2, backend=backend)
+    cluster(gram=gram, n_clusters=n // 2, overwrite_gram=True, backend=backend)
+
+
+def _release(device: torch.device) -> None:
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
 
 
 def open_device(name: str) -> Gpu | None:

@@ -80,6 +80,8 @@ class EmulatedGpu:
         self.up, self.kernels, self.down = (Queue(name, slow == name, self.log) for name in ("up", "kernels", "down"))
         self._ops = ops or cpu.CpuBackend(cpu.simd_levels()[0])
         self.taken, self.kept, self.most = 0, 0, 0
+        self._limit = self.memory
+        self.limits: list[int] = []  # that were set
         self.pinned: dict[int, int] = {}
         self._lock = threading.Lock()
         monkeypatch.setitem(registry._BACKENDS, "reference", self)  # the one that takes tensors of any device
@@ -99,6 +101,13 @@ class EmulatedGpu:
             one.put(lambda: None).synchronize()
         with self._lock:
             self.taken, self.kept = self.taken - self.kept, 0
+
+    @contextmanager
+    def limited(self, n_bytes: int) -> Iterator[None]:
+        before, self._limit = self._limit, n_bytes
+        self.limits.append(n_bytes)
+        yield
+        self._limit = before
 
     def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
         assert (to.shape, to.dtype) == (source.shape, source.dtype)
@@ -150,6 +159,8 @@ class EmulatedGpu:
 
     def _take(self, n_bytes: int) -> None:
         with self._lock:
+            if self.taken + n_bytes > self._limit:
+                raise MemoryError("emulated: out of memory")
             self.taken += n_bytes
             self.most = max(self.most, self.taken)
 

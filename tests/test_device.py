@@ -91,6 +91,7 @@ def test_a_fold_on_a_gpu(
         assert numbers(tmp_path / f"dst-{memory}") == expected
         assert 0.7 * planned <= gpu.most <= planned
         assert report.gpu.peak == gpu.most
+        assert gpu.limits[-1] == (memory or gpu.memory)
         assert gpu.taken == 0, "nothing is left there"
         assert not gpu.pinned
         run = json.loads((tmp_path / f"dst-{memory}" / "pyfold-run.json").read_text())

@@ -308,11 +308,28 @@ def test_a_fold_keeps_to_its_gpu_memory(checkpoint: Path, tmp_path: Path) -> Non
         print(f"{name}: {gpu['peak'] >> 20} MiB of {gpu['planned'] >> 20} planned, {gpu['held'] >> 20} held before")
         assert gpu["planned"] - (120 << 20) <= gpu["peak"] <= gpu["planned"], "112 MiB are for libraries and small tensors"
         assert gpu["held"] > 0
+        memory = gpu["planned"] if name != "whole" else 1 << 40
+        planned = run_cli("plan", checkpoint, "--ratio", "0.2", "--device", "cuda", "--gpu-memory", memory, "--json")
+        assert planned.returncode == 0, planned.stderr
+        assert fold["peak_rss_bytes"] <= json.loads(planned.stdout)["peak"]
     assert tree(tmp_path / "fits") == tree(tmp_path / "whole")
     assert tree(tmp_path / "least") == tree(tmp_path / "higher")
     for host, group in zip(folds["least"]["groups"], whole["groups"], strict=True):
         assert host["inertia"] == pytest.approx(group["inertia"], rel=1e-4)
         assert host["total_inertia"] == pytest.approx(group["total_inertia"], rel=1e-5)
+
+
+def test_folds_in_one_process(checkpoint: Path, tmp_path: Path) -> None:
+    """What the first leaves behind, and what its caller has there, is neither the second's nor lost."""
+    mine = torch.ones(50 << 20, dtype=torch.uint8, device="cuda")
+    fraction = torch.cuda.get_per_process_memory_fraction()
+    for target in ("first", "second"):
+        report = pyfold.fold_checkpoint(checkpoint, tmp_path / target, ratio=0.2, device="cuda", gpu_memory="512MiB")
+        assert report.gpu.peak <= report.gpu.planned <= 512 << 20
+        assert report.gpu.held >= mine.nbytes
+    assert tree(tmp_path / "first") == tree(tmp_path / "second")
+    assert torch.cuda.get_per_process_memory_fraction() == fraction
+    assert bool((mine == 1).all())
 
 
 def test_a_fold_on_a_gpu_is_as_good_as_on_the_host(checkpoint: Path, tmp_path: Path) -> None:
