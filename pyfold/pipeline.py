@@ -114,7 +114,8 @@ def fold_checkpoint(
     Features of unit i: its gate and up rows, their biases, its down column. Clusters: :func:`pyfold.cluster`. Merge: rows are
     averaged, columns summed (Wang et al., "Forget the Data and Fine-Tuning! Just Fold the Network to Compress", ICLR 2025).
     The bytes of the result depend on the source's files, the options, the backend and its SIMD level alone; with a GPU, on its
-    kind and on which groups the host clusters, which the record names. A source asked for by a hub id is named as base_model in
+    kind, the versions of torch and CUDA, the workspace that CUBLAS_WORKSPACE_CONFIG gives cuBLAS, and which groups the host
+    clusters, all of which the record names. A source asked for by a hub id is named as base_model in
     the model card.
     """
     started = time.perf_counter()
@@ -258,7 +259,7 @@ def prepare(
     limit = held + bytes_free(torch.device("cpu")) if host_memory is None else parse_size(host_memory, "host_memory")
     budget = make_budget(checkpoint, plan, limit, held, spills=backend.startswith("cpu"), gpu_memory=room if gpu else None)
     if gpu:
-        options |= {"device": gpu.name, "clustered_on_host": budget.clustered_on_host}
+        options |= {"device": gpu.name, "libraries": gpu.libraries, "clustered_on_host": budget.clustered_on_host}
     return Prepared(checkpoint, family, plan, budget, gpu, room, backend, options)
 
 

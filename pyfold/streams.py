@@ -5,6 +5,7 @@ What is put into a queue is done in order, later than ``put`` returns. All that 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,6 +58,8 @@ class Gpu:
     up, kernels, down : Queue
         Copies to the device, what computes on it, copies from it.
     name : str
+    libraries : str
+        Those whose choice of kernels the last bits of a product depend on.
     held : int
         Bytes that context and libraries, other processes, and tensors of this one hold on it before the first of a fold.
     backend : str
@@ -68,6 +71,8 @@ class Gpu:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.name = torch.cuda.get_device_name(device)
+        workspace_config = os.environ.get("CUBLAS_WORKSPACE_CONFIG", "default")
+        self.libraries = f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuBLAS workspace {workspace_config}"
         self.up, self.kernels, self.down = _queues(device)
         workspace = _workspace(device)
         self.kernels.put(partial(_load, device, self.backend))  # again: another thread has a workspace of its own

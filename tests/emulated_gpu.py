@@ -72,6 +72,7 @@ class EmulatedGpu:
     """As :class:`pyfold.streams.Gpu`. ``slow``: up, kernels or down; ``ops``: its backend, the cpu's by default."""
 
     name, held, backend, device = "emulated", 0, "reference", torch.device("cpu")
+    libraries = "torch 1, CUDA 2"
 
     memory = 1 << 40
 

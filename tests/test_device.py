@@ -210,6 +210,10 @@ def test_a_run_goes_on_where_it_clusters(tmp_path: Path, monkeypatch: pytest.Mon
         fold_checkpoint(source, tmp_path / "dst", ratio=0.25, device="cuda", gpu_memory=least_gpu_memory(source))
     with pytest.raises(PyfoldError, match="an unfinished run with"):
         fold_checkpoint(source, tmp_path / "dst", ratio=0.25)
+    with monkeypatch.context() as updated:
+        updated.setattr(gpu, "libraries", "torch 1, CUDA 3")
+        with pytest.raises(PyfoldError, match="an unfinished run with libraries torch 1, CUDA 2 instead of torch 1, CUDA 3"):
+            fold_checkpoint(source, tmp_path / "dst", ratio=0.25, device="cuda")
     fewest = prepared(source, None).budget.gpu_peak
     report = fold_checkpoint(source, tmp_path / "dst", ratio=0.25, device="cuda", gpu_memory=fewest)
     fold_checkpoint(source, tmp_path / "whole", ratio=0.25, device="cuda")
