@@ -45,7 +45,8 @@ def unavailable() -> str | None:
 def gram(xs: list[Tensor], outs: list[Tensor], accumulate: bool, transposed: bool) -> None:
     """Half the product, in panels of rows through cuBLAS, then the other triangle.
 
-    Rows of ``x[i:]`` have the bits that they have in the whole of G where both are cut into the same panels.
+    Rows of ``x[i:]`` are the same products as in the whole of G where both are cut into the same panels; whether cuBLAS then
+    picks the same kernel, though rows of ``out`` lie nearer to one another, is its own.
     Beside G it needs cuBLAS's workspace; to accumulate low precision, one panel of fp32 (4 N x 1024 bytes); for a list of
     problems of one shape, which become one batched product, a copy of them.
     """

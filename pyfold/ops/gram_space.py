@@ -63,9 +63,10 @@ def gram(
     x : Tensor, (N, D) or, if ``transposed``, (D, N); or a list of such
         float32, float16 or bfloat16; contiguous rows. Low-precision products are exact; sums are fp32 (reference: fp64).
     rows : int, or one for each problem, optional
-        R: only the first R rows of G, all N by default. Each entry has the bits it has in the whole of G, so that of
-        ``x[i:]`` they are a strip of it, from the diagonal to the right (``cpu`` and ``reference``; ``cuda`` where i is a
-        multiple of 1024, and R is or reaches the end).
+        R: only the first R rows of G, all N by default. On ``cpu`` and ``reference`` each entry has the bits it has in the
+        whole of G, so that of ``x[i:]`` they are a strip of it, from the diagonal to the right. On ``cuda`` they are products
+        of the same shapes where i is a multiple of 1024, and R is or reaches the end: the same bits if cuBLAS picks the same
+        kernel also where rows of ``out`` lie nearer to one another, which no GPU has shown yet.
     out : Tensor, (R, N), float32, optional; one for each problem
         Written in place. Both triangles of its first R columns are valid afterwards.
     accumulate : bool
