@@ -67,7 +67,7 @@ def test_the_copy_that_folds_are_measured_against(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Shard, "write", write_late)
     with Reader() as reader:
         expected = b"".join(as_bytes(reader.read(info)) for info in checkpoint.tensors.values())
-    assert device_stream.copy(tmp_path / "src", tmp_path / "all", len(expected)) > 0
+    device_stream.copy(tmp_path / "src", tmp_path / "all", len(expected))
     assert (tmp_path / "all").read_bytes()[-len(expected) :] == expected
     print(f"{slow}: {len(pinned)} blocks of {sum(pinned):,} bytes pinned")
     assert len(pinned) <= 16, "what is pinned is used again, also where writing is what takes longest"
