@@ -76,7 +76,8 @@ class Budget:
     spare : int
         What may lie idle, to be used again, beyond that.
     kernels : int
-        What the kernels allocate, and what is small.
+        What the kernels allocate while tensors may lie idle, and what is small. Where a GPU computes, none does while the host
+        clusters: what is pinned is dear to make.
     gpu : dict of str to Buffers
         What each group takes on the GPU, where there is one.
     """
@@ -261,8 +262,10 @@ def group_bytes(
 
 
 def _kernel_bytes(group: FoldGroup, k: int, strip: int | None, gpu: bool) -> int:
-    """What the kernels of a group allocate."""
-    return max(0 if gpu else _packed(group.width), _clustering(group.width, k, strip))
+    """What the kernels of a group allocate while tensors may lie idle."""
+    if gpu:
+        return 0 if strip is None else _TURNED
+    return max(_packed(group.width), _clustering(group.width, k, strip))
 
 
 def _packed(n: int) -> int:

@@ -184,6 +184,7 @@ class OnGpu:
         if file is None:
             found = self._cluster_here(n_clusters)
         else:
+            self._pool.shrink()
             found = cluster(gram=file, n_clusters=n_clusters, backend=self._backend)
         self._drop()
         self._up, self._down = self._slots(self._size.up), self._slots(self._size.down)

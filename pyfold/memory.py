@@ -47,7 +47,7 @@ class Pool:
     """Large tensors from memory that is used again once it is given back; any thread may do either.
 
     A block does not lie idle where with it more than ``limit`` bytes would be in existence. ``pin`` is called with each that is
-    new, ``unpin`` before it goes, at the latest when a ``with`` block ends.
+    new, ``unpin`` before it goes, at the latest when a ``with`` block ends; both take long, so no thread waits for another's.
     """
 
     def __init__(self, limit: int, pin: Callable[[Tensor], None] = _no, unpin: Callable[[Tensor], None] = _no) -> None:
@@ -62,9 +62,9 @@ class Pool:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for block in (*self._idle, *self._lent.values()):
-            self._drop(block)
-        self._idle, self._lent = [], {}
+        self.shrink()
+        lent, self._lent = list(self._lent.values()), {}
+        self._drop(lent)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """``torch.empty`` on the CPU, to be given back."""
@@ -78,12 +78,21 @@ class Pool:
             if fitting:
                 block = min(fitting, key=len)
                 self._idle = [other for other in self._idle if other is not block]
-            else:
-                while self._idle and self._exist + n_bytes > self._limit:
-                    self._drop(self._idle.pop(0))
-                block = _pages(n_bytes)
-                self._pin(block)
-                self._exist += n_bytes
+                self._lent[block.data_ptr()] = block
+                return block
+            self._exist += n_bytes
+            gone: list[Tensor] = []
+            while self._idle and self._exist - sum(map(len, gone)) > self._limit:
+                gone.append(self._idle.pop(0))
+        self._drop(gone)
+        try:
+            block = _pages(n_bytes)
+            self._pin(block)
+        except BaseException:
+            with self._lock:
+                self._exist -= n_bytes
+            raise
+        with self._lock:
             self._lent[block.data_ptr()] = block
         return block
 
@@ -93,11 +102,22 @@ class Pool:
             block = self._lent.pop(tensor.untyped_storage().data_ptr(), None)
             if block is None:
                 return
-            if self._exist > self._limit:
-                self._drop(block)
-            else:
+            if self._exist <= self._limit:
                 self._idle.append(block)
+                return
+        self._drop([block])
 
-    def _drop(self, block: Tensor) -> None:
-        self._unpin(block)
-        self._exist -= len(block)
+    def shrink(self) -> None:
+        """No block lies idle."""
+        with self._lock:
+            gone, self._idle = self._idle, []
+        self._drop(gone)
+
+    def _drop(self, gone: list[Tensor]) -> None:
+        """Blocks that no other list holds; they exist until they are gone."""
+        while gone:
+            n_bytes = len(gone[-1])
+            self._unpin(gone[-1])
+            gone.pop()
+            with self._lock:
+                self._exist -= n_bytes

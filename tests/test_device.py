@@ -123,6 +123,32 @@ def test_the_next_panel_goes_up_before_one_is_computed_with(monkeypatch: pytest.
     assert torch.equal(merged.values, merge_rows(values, expected.labels, 30))
 
 
+def test_pinned_memory_is_used_again_in_the_least_host_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the host clusters in is not there yet, or no more, while weights go through the pool."""
+    source = write_synthetic(tmp_path / "src", 1, 2100, 8200)  # 3 tensors of 9 pieces, for 2 or 3 strips and for merging
+    gpu = EmulatedGpu("down", monkeypatch)
+    monkeypatch.setattr("pyfold.pipeline.rss_bytes", lambda: 0)
+    fewest = least_gpu_memory(source)
+    with pytest.raises(PyfoldError, match="host_memory: ") as refused:
+        prepared(source, fewest, "1MiB")
+    pinned: list[int] = []
+    pin, idle = gpu.pin, Pool.shrink
+    monkeypatch.setattr(gpu, "pin", lambda block: (pinned.append(block.nbytes), pin(block)))
+    shrunk: list[int] = []
+
+    def shrink(pool: Pool) -> None:
+        idle(pool)
+        shrunk.append(pool._exist - sum(map(len, pool._lent.values())))
+
+    monkeypatch.setattr(Pool, "shrink", shrink)
+    fold_checkpoint(
+        source, tmp_path / "dst", ratio=0.25, device="cuda", gpu_memory=fewest, host_memory=least(str(refused.value))
+    )
+    print(f"{len(pinned)} pinned: {sorted(pinned)}")
+    assert len(pinned) <= 10
+    assert shrunk == [0, 0], "before the host clusters, and in the end"
+
+
 def test_the_host_clusters_with_nothing_of_the_group_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its memory is counted on for clustering."""
     gpu = EmulatedGpu("up", monkeypatch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given
@@ -46,6 +48,46 @@ def test_no_more_exists_than_the_limit_or_what_is_lent(limit: int, steps: list[t
         in_use = sum(len(block) for block in pool._lent.values())
         assert pool._exist == in_use + sum(map(len, pool._idle))
         assert pool._exist <= max(limit * MIB, in_use)
+
+
+def test_what_cannot_be_pinned_does_not_exist() -> None:
+    def refuse(block: torch.Tensor) -> None:
+        raise MemoryError("not pinned")
+
+    pool = Pool(64 * MIB, refuse)
+    with pytest.raises(MemoryError, match="not pinned"):
+        pool.empty((8 * MIB,), torch.uint8)
+    assert pool._exist == 0
+
+
+def test_no_thread_waits_for_what_another_has_pinned() -> None:
+    asked, go = threading.Event(), threading.Event()
+
+    def pin(block: torch.Tensor) -> None:
+        if len(block) > 8 * MIB:
+            asked.set()
+            assert go.wait(60)
+
+    pool = Pool(64 * MIB, pin)
+    small = pool.empty((8 * MIB,), torch.uint8)
+    other = threading.Thread(target=pool.block, args=(16 * MIB,))
+    other.start()
+    assert asked.wait(60)
+    pool.give_back(small)
+    assert pool.empty((8 * MIB,), torch.uint8).data_ptr() == small.data_ptr()
+    go.set()
+    other.join()
+    assert pool._exist == 24 * MIB
+
+
+def test_shrinking_leaves_what_is_lent() -> None:
+    gone: list[int] = []
+    pool = Pool(64 * MIB, unpin=lambda block: gone.append(len(block)))
+    kept, idle = pool.empty((8 * MIB,), torch.uint8), pool.empty((16 * MIB,), torch.uint8)
+    pool.give_back(idle)
+    pool.shrink()
+    assert gone == [16 * MIB]
+    assert pool._exist == len(kept)
 
 
 def test_too_much_is_a_memory_error() -> None:
