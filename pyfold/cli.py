@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 1 an I/O failure, 2 bad input (one line says what, where, what to do), 130 Ctrl-C."""
+"""The command line. Exit codes: 0 done, 1 a disk or device failed, 2 bad input (one line says what to do), 130 Ctrl-C."""
 
 from __future__ import annotations
 
@@ -41,6 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         what = error or "one fold group and its Gram matrix must fit"
         print(f"pyfold: not enough memory: {what}{_how_to_go_on(args)}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        from pyfold.streams import device_failed
+
+        failure = device_failed(error)
+        if failure is None:
+            raise
+        print(f"pyfold: the device failed: {failure}{_how_to_go_on(args)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"pyfold: interrupted{_how_to_go_on(args)}", file=sys.stderr)

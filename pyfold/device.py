@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
@@ -157,9 +157,12 @@ class OnGpu:
             self._gram = self._gpu.empty((self._size.gram,), torch.uint8)
             self._up = self._slots(self._size.up)
             yield
-        finally:
-            self._drop()
-            self._reap(0)
+        except BaseException:
+            with suppress(RuntimeError, MemoryError):  # a device that failed fails again; what it failed with first counts
+                self._drop()
+            raise
+        self._drop()
+        self._reap(0)
 
     def strip(self, rows: int, units: int) -> None:
         self._strip, self._computed = _matrix(self._gram, rows, units, torch.float32), None

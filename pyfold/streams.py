@@ -32,6 +32,13 @@ def memory_errors(device: torch.device) -> Iterator[None]:
         raise MemoryError(f"{device}: {str(error).partition('. ')[0]}") from None
 
 
+def device_failed(error: RuntimeError) -> str | None:
+    """What torch, cuBLAS or a kernel says in one line where a device failed; None of any other error."""
+    line = str(error).partition("\n")[0]
+    on_device = isinstance(error, getattr(torch, "AcceleratorError", ())) or re.match(r"CUDA |cuda \w+: |CUBLAS_", line)
+    return line if on_device else None
+
+
 class Queue:
     """One stream."""
 

@@ -137,7 +137,8 @@ class EmulatedGpu:
 
     def gram(self, xs: list[torch.Tensor], outs: list[torch.Tensor], accumulate: bool, transposed: bool) -> None:
         n = max(out.shape[1] for out in outs)
-        with self._taking(cuda.gram_bytes(n, xs[0].dtype) if accumulate else 0):
+        # cuBLAS adds to fp32, but products of low precision are made beside it, a panel of rows at a time.
+        with self._taking(4 * cuda.PANEL * n if accumulate and xs[0].dtype != torch.float32 else 0):
             self._ops.gram(xs, outs, accumulate, transposed)
 
     def ward(self, grams: list[torch.Tensor], n_clusters: list[int], weights: list[torch.Tensor]) -> object:

@@ -220,6 +220,41 @@ def test_a_failure_on_the_device_is_raised_and_leaves_nothing(tmp_path: Path, mo
     assert not gpu.pinned
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: an illegal memory access was encountered\nsee ..."),
+        RuntimeError("cuda ward: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`"),
+    ],
+    ids=["torch", "kernel", "cublas"],
+)
+def test_a_device_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: RuntimeError
+) -> None:
+    """Its first failure, though all that is asked of it later fails too."""
+    source = write_synthetic(tmp_path / "src", 1, 1100, 1100)
+    gpu = EmulatedGpu("up", monkeypatch)
+    release = gpu.release
+
+    def fail(*args: object) -> None:
+        def fail_again() -> None:
+            release()
+            raise RuntimeError("CUDA error: and again")
+
+        monkeypatch.setattr(gpu, "release", fail_again)
+        raise error
+
+    monkeypatch.setattr(gpu, "ward", fail, raising=False)
+    assert main(["fold", str(source), str(tmp_path / "dst"), "--ratio", "0.25", "--device", "cuda"]) == 1
+    first = str(error).partition("\n")[0]
+    assert capsys.readouterr().err.startswith(f"pyfold: the device failed: {first}")
+    monkeypatch.setattr(gpu, "release", release)
+    monkeypatch.setattr(gpu, "ward", lambda *args: torch.zeros(2) @ torch.zeros(3), raising=False)
+    with pytest.raises(RuntimeError, match="size"):
+        main(["fold", str(source), str(tmp_path / "other"), "--ratio", "0.25", "--device", "cuda"])
+
+
 def test_a_run_goes_on_where_it_clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With another budget to the same bytes, but not with one that moves the clustering from the device to the host."""
     source = write_synthetic(tmp_path / "src", 2, 2100, 1100)
