@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
@@ -19,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyfold import ops
 from pyfold.clustering import cluster
-from pyfold.gpu_budget import PANEL
+from pyfold.gpu_budget import OVERHEAD, PANEL
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.safetensors import ITEM_SIZE, torch_dtype
 from pyfold.jobs import make_jobs, reads_of
@@ -37,6 +39,7 @@ _PROBE_SECONDS = 0.5
 # Seconds per entry of G that are looked at; measured at N = 11008 and 28672 on rows like SmolLM2's, 2 cores of a Xeon with AMX.
 _WARD_START, _WARD_JOIN, _HARTIGAN = 2.8e-9, 1.2e-8, 5.3e-9
 _CLUSTERING_PROBE = (2048, 1638, 0.014)  # N, K, and seconds where those were measured
+_CLUSTERED = 512  # features of what a GPU is to cluster: 32768 points of them
 _SPILLED = 3e-9  # seconds a byte of G takes longer in a file: written twice over, read row by row (N = 28672)
 _MEMORY = 5e9  # bytes/s of merging, of checking, of making room: two passes at the bandwidth of memory, and page faults
 
@@ -89,7 +92,7 @@ class Forecast:
     computing, reading_and_writing, hashing, copying : float
         Seconds each would take alone; copying is to and from a GPU.
     limited_by : str
-        The longest of these.
+        The longest of these; with a GPU, of the threads that read and hash, and that check, hash and write, and of the device.
     rates : Rates
     gpu_peak, gpu_held : int or None
         What torch reserves of a GPU at most, and what context and libraries hold of it.
@@ -125,22 +128,23 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
     checkpoint, plan, budget = prepared.checkpoint, prepared.plan, prepared.budget
     dtypes = {checkpoint.tensors[name].dtype for group, _ in plan.groups for name in group.tensors}
     where = _existing(destination or checkpoint.path)
-    rates = probe(prepared, dtypes, where if destination else None)
-    groups, up, down = [], 0, 0
+    gpu = prepared.gpu
+    with gpu.limited(prepared.gpu_memory) if gpu else nullcontext():
+        rates = probe(prepared, dtypes, where if destination else None)
+    groups, up, down, merged = [], 0, 0, 0
     for group, k in plan.groups:
         members = [checkpoint.tensors[name] for name in group.tensors]
         n, cut = group.width, budget.groups[group.name]
         flops = {info.name: float(n) * info.n_parameters for info in members}
-        joins = n - k
-        entries = n * (_WARD_START * n + _WARD_JOIN * joins + _HARTIGAN * min(n, 2 * joins))
         made = sum(prod(plan.tensors[info.name][1]) * ITEM_SIZE[plan.tensors[info.name][0]] for info in members)
-        moved = sum(info.nbytes for info in members) + made
+        merged += made
+        moved = sum(info.nbytes for info in members) + (0 if gpu else made)
         strips = strips_of(group, cut)
         up += sum(read.nbytes for begin, _ in strips for read in gram_reads(group, members, cut, begin) if read.rows)
         up += sum(info.nbytes for info in members)
         down += made + 4 * sum((end - begin) * (n - begin) for begin, end in strips if cut.strip is not None)
         seconds = sum(flops[info.name] / rates.gram[info.dtype] for info in members)
-        seconds += rates.clustering * entries + moved / _MEMORY
+        seconds += rates.clustering * _clustering(n, k) + moved / _MEMORY
         seconds += _SPILLED * 4 * n * n * (cut.strip is not None)
         rows = None if cut.strip is None else strips[0][1]
         groups.append(GroupForecast(group.name, n, k, cut.features, rows, cut.nbytes, sum(flops.values()), seconds))
@@ -157,9 +161,17 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
         "hashing": (hashed + written) / rates.hash,
         "copying to and from the GPU": max(up / rates.up, down / rates.down),
     }
-    # The stages overlap, but hashing takes its share of the cores from the kernels.
-    computing = stages["computing"] + stages["hashing"] / torch.get_num_threads()
-    limited_by = max(stages, key=lambda stage: stages[stage])
+    if gpu:  # the kernels leave the cores to threads, in each of which one thing comes after another
+        beside = {
+            "computing": stages["computing"],
+            "reading and hashing": bytes_read / rates.read + hashed / rates.hash,
+            "hashing and writing": merged / _MEMORY + written / rates.hash + plan.nbytes / rates.write,
+            "copying to and from the GPU": stages["copying to and from the GPU"],
+        }
+        seconds, limited_by = max((took, stage) for stage, took in beside.items())
+    else:  # the stages overlap, but hashing takes its share of the cores from the kernels
+        computing = stages["computing"] + stages["hashing"] / torch.get_num_threads()
+        seconds, limited_by = max(computing, *stages.values()), max(stages, key=lambda stage: stages[stage])
     return Forecast(
         groups=groups,
         peak=budget.peak,
@@ -171,7 +183,7 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
         bytes_written=plan.nbytes,
         disk_free=shutil.disk_usage(where).free,
         disk_needed=plan.nbytes + budget.spilled,
-        seconds=max(computing, *stages.values()),
+        seconds=seconds,
         computing=stages["computing"],
         reading_and_writing=stages["reading and writing"],
         hashing=stages["hashing"],
@@ -179,7 +191,7 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
         limited_by=limited_by,
         rates=rates,
         gpu_peak=budget.gpu_peak,
-        gpu_held=prepared.gpu.held if prepared.gpu else None,
+        gpu_held=gpu.held if gpu else None,
     )
 
 
@@ -188,20 +200,25 @@ def probe(prepared: Prepared, dtypes: set[str], destination: Path | None) -> Rat
     gpu = prepared.gpu
     up, down = _copy_rates(gpu) if gpu else (float("inf"), float("inf"))
     generator = torch.Generator().manual_seed(0)
-    n, d = 4096, 4096  # large enough that G is not what counts
-    x = torch.randn(n, d, generator=generator)
+    n = 4096  # points and features: large enough that G is not what counts
+    x = torch.randn(n, n, generator=generator)
+    while gpu and n > 1024 and 12 * n * n > prepared.gpu_memory - OVERHEAD:  # points, G, and a product of low precision
+        n //= 2
     gram = gpu.empty((n, n), torch.float32) if gpu else empty((n, n), torch.float32)
-    backend = gpu.backend if gpu else prepared.backend
     speeds = {}
     for dtype in sorted(dtypes):
-        points = x.to(gram.device, torch_dtype(dtype))
-        multiply = partial(ops.gram, points, out=gram, backend=backend)
-        speeds[dtype] = n * n * d / _best(multiply, 0.6 / len(dtypes), gpu)
-    if prepared.budget.clustered_on_host:
-        gpu, backend = None, prepared.backend
-    n, k, seconds = _CLUSTERING_PROBE
-    gram = ops.gram(x[:n, :1024].to(gpu.device if gpu else "cpu").contiguous(), backend=backend)
-    clustering = _best(partial(cluster, gram=gram, n_clusters=k, overwrite_gram=True, backend=backend), 0.4, gpu) / seconds
+        points = _placed(x[:n, :n].to(torch_dtype(dtype)).contiguous(), gpu)
+        multiply = partial(ops.gram, points, out=gram, backend=gpu.backend if gpu else prepared.backend)
+        speeds[dtype] = n * n * n / _best(multiply, 0.6 / len(dtypes), gpu)
+        del points, multiply
+    del gram
+    if gpu and not prepared.budget.clustered_on_host:
+        clustering = _clustering_rate(prepared, gpu, x)
+    else:
+        n, k, seconds = _CLUSTERING_PROBE
+        gram = ops.gram(x[:n, :1024].contiguous(), backend=prepared.backend)
+        clustering = _best(partial(cluster, gram=gram, n_clusters=k, overwrite_gram=True, backend=prepared.backend), 0.4)
+        clustering /= seconds
     blob = bytes(1 << 25)
     read = _read_rate(prepared.checkpoint)
     return Rates(
@@ -227,6 +244,43 @@ def _copy_rates(gpu: Gpu) -> tuple[float, float]:
         ]
         pool.give_back(here)
     return rates[0], rates[1]
+
+
+def _clustering_rate(prepared: Prepared, gpu: Gpu, x: Tensor) -> float:
+    """At the width of the widest group, or as near to it as the time allows: what is small waits for launches, not memory.
+
+    G has room there, and so have the points, before Ward.
+    """
+    group, k = max(prepared.plan.groups, key=lambda planned: planned[0].width)
+    points = x.view(-1, _CLUSTERED)
+    most = min(group.width, len(points))
+    n = min(most, _CLUSTERING_PROBE[0])
+    while True:
+        clusters, gram = max(1, n * k // group.width), gpu.empty((n, n), torch.float32)
+        multiply = partial(ops.gram, _placed(points[:n], gpu), out=gram, backend=gpu.backend)
+        gpu.kernels.put(multiply).synchronize()
+        del multiply
+        took = _best(partial(cluster, gram=gram, n_clusters=clusters, overwrite_gram=True, backend=gpu.backend), 0, gpu)
+        del gram
+        gpu.release()
+        if n == most or 4 * took > _PROBE_SECONDS / 2:
+            return took / _clustering(n, clusters)
+        n = min(most, 2 * n)
+
+
+def _clustering(n: int, k: int) -> float:
+    """Seconds where they were measured."""
+    joins = n - k
+    return n * (_WARD_START * n + _WARD_JOIN * joins + _HARTIGAN * min(n, 2 * joins))
+
+
+def _placed(values: Tensor, gpu: Gpu | None) -> Tensor:
+    """Where the kernels run."""
+    if gpu is None:
+        return values
+    there = gpu.empty(tuple(values.shape), values.dtype)
+    gpu.kernels.put(partial(there.copy_, values)).synchronize()
+    return there
 
 
 def _best(action: Callable[[], object], seconds: float, gpu: Gpu | None = None) -> float:

@@ -24,6 +24,7 @@ _CUBLAS = 32 << 20  # what cuBLAS works in on an H100; on others less
 # Of small tensors: those of the inertia alone are six of 8 MiB, for every two of which torch reserves 20; and it rounds all
 # that is larger up to 2 MiB.
 _SLACK = 80 << 20
+OVERHEAD = _CUBLAS + _SLACK  # whatever the group
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Buffers:
     @property
     def peak(self) -> int:
         """What torch reserves at most."""
-        return self.nbytes + _CUBLAS + _SLACK
+        return self.nbytes + OVERHEAD
 
 
 def buffers(group: FoldGroup, k: int, checkpoint: Checkpoint, plan: Plan, strip: int | None) -> Buffers:

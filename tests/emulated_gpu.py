@@ -46,7 +46,8 @@ class Queue:
     def __init__(self, name: str, slow: bool, log: list[str]) -> None:
         self._name, self._slow, self._log, self._random = name, slow, log, random.Random(0)
         self._actions: queue.SimpleQueue[tuple[Callable[[], object], tuple[Event, ...], Event]] = queue.SimpleQueue()
-        threading.Thread(target=self._work, daemon=True).start()
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
 
     def put(self, action: Callable[[], object], *after: Event) -> Event:
         done = Event()
@@ -136,6 +137,7 @@ class EmulatedGpu:
         """Runs everywhere."""
 
     def gram(self, xs: list[torch.Tensor], outs: list[torch.Tensor], accumulate: bool, transposed: bool) -> None:
+        assert threading.current_thread() is self.kernels.thread, "another stream would get a workspace too"
         n = max(out.shape[1] for out in outs)
         # cuBLAS adds to fp32, but products of low precision are made beside it, a panel of rows at a time.
         with self._taking(4 * cuda.PANEL * n if accumulate and xs[0].dtype != torch.float32 else 0):

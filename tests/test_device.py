@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pyfold.clustering import Clustering
 from pyfold.device import OnGpu
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
-from pyfold.forecast import forecast
+from pyfold.forecast import Rates, forecast
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.safetensors import ITEM_SIZE, TensorInfo
 from pyfold.memory import Pool
@@ -286,13 +287,33 @@ def test_a_plan_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     source = write_synthetic(tmp_path / "src", 2, 2100, 1100)
     gpu = EmulatedGpu("down", monkeypatch)
     for memory in (gpu.memory, least_gpu_memory(source)):
-        plan = prepared(source, memory)
+        plan, gpu.most = prepared(source, memory), 0
         planned = forecast(plan)
         print(forecast_table(planned))
+        assert gpu.most <= plan.gpu_memory - gpu_budget.OVERHEAD + 12 * MIB, "the probes keep to the budget too"
         assert planned.gpu_peak == plan.budget.gpu_peak <= memory
         assert planned.copying > 0
         assert main(["plan", str(source), "--ratio", "0.25", "--device", "cuda", "--gpu-memory", str(memory)]) == 0
         assert f"GPU memory  {planned.gpu_peak / MIB:.0f} MiB at the peak" in capsys.readouterr().out
+
+
+def test_seconds_where_the_host_only_reads_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one thread does comes one after another; threads and device run beside one another."""
+    source = write_synthetic(tmp_path / "src", 1, 300, 200)
+    EmulatedGpu("down", monkeypatch)
+    plan = prepared(source, None)
+    fast = 1e15
+    even = Rates(gram={"F32": fast}, clustering=0, hash=1e3, read=1e3, write=fast, up=fast, down=fast)
+    for rates, seconds, limited_by in (
+        (even, 2 * plan.checkpoint.nbytes / 1e3, "reading and hashing"),
+        (replace(even, read=fast, write=1e3), 2 * plan.plan.nbytes / 1e3, "hashing and writing"),
+        (replace(even, read=fast, up=1e2), 2 * plan.checkpoint.nbytes / 1e2, "copying to and from the GPU"),
+        (replace(even, gram={"F32": 1e3}), 300 * 300 * 200 * 3 / 1e3, "computing"),
+    ):
+        monkeypatch.setattr("pyfold.forecast.probe", lambda *args, rates=rates: rates)
+        planned = forecast(plan)
+        assert planned.seconds == pytest.approx(seconds, rel=1e-3)
+        assert planned.limited_by == limited_by
 
 
 def test_options_that_make_no_sense(tmp_path: Path) -> None:
