@@ -108,8 +108,10 @@ class EmulatedGpu:
     def limited(self, n_bytes: int) -> Iterator[None]:
         before, self._limit = self._limit, n_bytes
         self.limits.append(n_bytes)
-        yield
-        self._limit = before
+        try:
+            yield
+        finally:
+            self._limit = before
 
     def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
         assert (to.shape, to.dtype) == (source.shape, source.dtype)
