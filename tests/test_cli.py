@@ -294,7 +294,9 @@ def test_a_second_run_on_the_same_destination_refuses(slow_source: Path, tmp_pat
     while journal_lines(tmp_path / "dst") < 1:
         assert first.poll() is None
         time.sleep(0.005)
+    first.send_signal(signal.SIGSTOP)  # or it may be done before the second has begun
     second = run_cli("fold", slow_source, tmp_path / "dst", "--ratio", "0.25")
+    first.send_signal(signal.SIGCONT)
     assert second.returncode == 2
     assert "another pyfold is writing it" in second.stderr
     assert first.wait() == 0
