@@ -10,6 +10,7 @@ Where a GPU computes, what it takes is cut first (``gpu_budget``), and G is here
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -133,11 +134,13 @@ def make_budget(
     *,
     spills: bool = True,
     gpu_memory: int | None = None,
+    beside: Mapping[str, int] | None = None,
 ) -> Budget:
     """Cut every group so that the process stays below ``host_memory`` bytes, no finer than that takes.
 
     With ``spills`` a Gram matrix may go to a file, which the backend must be able to cluster. With ``gpu_memory`` a GPU
-    computes, and takes no more than that.
+    computes, and takes no more than that. ``beside``: bytes of what else is in memory while a group is folded, by its name; its
+    weights are then not cut.
 
     What is left goes to reading ahead, then to writing behind: no more than the largest tensor read at once, and the largest
     group folded.
@@ -149,7 +152,9 @@ def make_budget(
     """
     room = host_memory - process
     if gpu_memory is None:
-        ways = {group.name: _Way(gpu=False, spills=spills) for group, _ in plan.groups}
+        whole = beside is not None
+        more = beside or dict.fromkeys((group.name for group, _ in plan.groups), 0)
+        ways = {name: _Way(gpu=False, spills=spills and not whole, whole=whole, beside=n) for name, n in more.items()}
     else:
         limits = gpu_budget.strip_limits(checkpoint, plan, gpu_memory, spills=spills)
         ways = {name: _Way(gpu=True, spills=limit is not None, strip=limit) for name, limit in limits.items()}
@@ -171,7 +176,11 @@ def make_budget(
     groups = {
         name: replace(cut, nbytes=cut.nbytes + behind, behind=behind) if cut.features else cut for name, cut in takes.items()
     }
-    kernels = _SLACK + max(_kernel_bytes(group, k, takes[group.name].strip, ways[group.name].gpu) for group, k in plan.groups)
+    kernels = max(
+        _kernel_bytes(group, k, takes[group.name].strip, ways[group.name].gpu) + ways[group.name].beside
+        for group, k in plan.groups
+    )
+    kernels += _SLACK
     gpu = {
         group.name: gpu_budget.buffers(group, k, checkpoint, plan, takes[group.name].strip)
         for group, k in plan.groups
@@ -184,11 +193,13 @@ def make_budget(
 @dataclass(frozen=True)
 class _Way:
     """Whether a GPU computes a group's Gram matrix, whether that may lie in a file, how many bytes of it a GPU has room for
-    (None: all)."""
+    (None: all), whether the weights must be whole, bytes beside them."""
 
     gpu: bool
     spills: bool
     strip: int | None = None
+    whole: bool = False
+    beside: int = 0
 
     @property
     def panel(self) -> int:
@@ -202,8 +213,9 @@ class _Way:
 def _least(group: FoldGroup, k: int, checkpoint: Checkpoint, way: _Way) -> int:
     """Bytes with which the group can be folded in some way."""
     strips = ([None] if way.strip is None else []) + ([way.least_strip(group)] if way.spills else [])
-    return min(
-        group_bytes(group, k, checkpoint, features, strip, gpu=way.gpu) for features in (None, way.panel) for strip in strips
+    pieces = (None,) if way.whole else (None, way.panel)
+    return way.beside + min(
+        group_bytes(group, k, checkpoint, features, strip, gpu=way.gpu) for features in pieces for strip in strips
     )
 
 
@@ -213,8 +225,8 @@ def _cut(group: FoldGroup, k: int, checkpoint: Checkpoint, room: int, way: _Way)
     whole = sum(checkpoint.tensors[name].nbytes for name in group.tensors)
     most = max(checkpoint.tensors[name].n_parameters // n for name in group.tensors)
     sizes = range(-(-most // panel) * panel, 0, -panel)
-    for features in (None, *sizes) if way.strip is None else ():
-        nbytes = group_bytes(group, k, checkpoint, features, gpu=way.gpu)
+    for features in (None, *(() if way.whole else sizes)) if way.strip is None else ():
+        nbytes = group_bytes(group, k, checkpoint, features, gpu=way.gpu) + way.beside
         if nbytes <= room:
             return GroupBudget(features, None, nbytes, whole if features is None else 0)
     least = way.least_strip(group)

@@ -86,6 +86,9 @@ def _fold(args: argparse.Namespace) -> None:
             device=args.device,
             gpu_memory=args.gpu_memory,
             backend=args.backend,
+            metric=args.metric,
+            calibration=args.calibration,
+            repair=args.repair,
             trace=args.trace,
             ray=args.ray,
             progress=progress,
@@ -275,6 +278,19 @@ def _parser() -> argparse.ArgumentParser:
     fold.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights, as in 5GB (default)")
     fold.add_argument("--overwrite", action="store_true", help="replace the checkpoint at DST once the new one is complete")
     _run_options(fold)
+    fold.add_argument(
+        "--metric",
+        default="weight",
+        help="weight (default): units are alike if their weights are; function: if what they say on some tokens is, and "
+        "consumers make up for what is lost",
+    )
+    fold.add_argument(
+        "--calibration",
+        default="self",
+        metavar="FILE",
+        help="of the function metric: self (default), text that the model writes itself, or a file of text",
+    )
+    fold.add_argument("--repair", default="ridge", help="of the function metric: ridge (default) or none")
     fold.add_argument(
         "--ray",
         nargs="?",

@@ -22,6 +22,8 @@ from pyfold.clustering import Clustering
 from pyfold.device import Device, OnGpu, OnHost
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
+from pyfold.families.activations import Activations
+from pyfold.function_metric import fold_units, moments
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.flow import Ahead, Behind
 from pyfold.io.output import Output
@@ -36,6 +38,13 @@ from pyfold.trace import Trace
 _RECORDED = 1 << 28  # bytes of tensors outside the groups that are written between two lines of the journal
 # Bytes of source weights that are done since the last call, and what is at work.
 Advance = Callable[[int, str], None]
+
+
+class ByFunction(NamedTuple):
+    """The function metric: how tokens see the groups, and whether consumers make up for what is lost by ridge regression."""
+
+    activations: Activations
+    ridge: bool
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,7 @@ def run_jobs(
     advance: Advance,
     trace: Trace,
     gpu: Gpu | None = None,
+    function: ByFunction | None = None,
 ) -> None:
     """Do the jobs, in order. ``record`` is called, from another thread, with each that is on the disk."""
 
@@ -125,7 +135,9 @@ def run_jobs(
         with Ahead(reads, budget.ahead) as ahead:
             for job in jobs:
                 stages = _Stages(ahead, behind, output, plan, backend, advance, trace, pool, device)
-                if job.group:
+                if job.group and function:
+                    report = _FunctionFold(job, job.group, budget.groups[job.group.name], stages, function).run()
+                elif job.group:
                     report = _Fold(job, job.group, budget.groups[job.group.name], stages).run()
                 else:
                     report = None
@@ -324,3 +336,54 @@ class _Fold:
 
     def _let_go(self, name: str) -> Iterator[tuple[Read, Tensor]]:
         yield self.held.pop(name)
+
+
+@dataclass(frozen=True)
+class _FunctionFold:
+    """Read a group, see what its units do on tokens that have come through all layers before, fold them by that."""
+
+    job: Job
+    group: FoldGroup
+    cut: GroupBudget
+    stages: _Stages
+    function: ByFunction
+
+    def run(self) -> GroupReport:
+        group, k, stages, (activations, ridge) = self.group, self.job.n_clusters, self.stages, self.function
+        weights: dict[str, Tensor] = {}
+        reads: dict[str, Read] = {}
+        for read, values in stages.take(gram_reads(group, self.job.tensors, self.cut, 0)):
+            reads[read.info.name], weights[read.info.name] = read, values.view(read.info.shape)
+            stages.advance(read.nbytes, group.name)
+        mlp = activations.mlp(group.layer, weights)
+        with stages.trace("activations", group=group.name):
+            seen = moments((mlp.units(x) for x in activations.inputs(group.layer)), stages.backend)
+        with stages.trace("fold", group=group.name):
+            try:
+                folded = fold_units(mlp.down, seen, k, ridge=ridge, backend=stages.backend)
+            except ValueError as error:
+                raise PyfoldError(f"{self.job.tensors[0].path}: {group.name} cannot be folded: {error}") from None
+        del seen, mlp
+        for name, values in weights.items():
+            made = (folded.consumer if name in group.consumers else values[folded.kept]).to(stages.dtype(name))
+            stages.pool.give_back(values)
+            weights[name] = made
+            block = made.view(len(made), -1)
+            stages.check_finite(reads[name], block, "folded")
+            stages.write(name, [_Block(block, 0, 0, lambda: None)], block.shape[1], lambda: self.cut.behind)
+        with stages.trace("feed", group=group.name):
+            activations.feed(activations.mlp(group.layer, weights))
+        clusters = folded.clusters
+        return GroupReport(
+            name=group.name,
+            layer=group.layer,
+            width=group.width,
+            folded_width=k,
+            inertia=clusters.inertia,
+            ward_inertia=clusters.ward_inertia,
+            total_inertia=clusters.total_inertia,
+            n_moves=clusters.n_moves,
+            n_singletons=int((torch.bincount(clusters.labels) == 1).sum()),
+            output_error=folded.error,
+            ridge=folded.ridge,
+        )

@@ -19,16 +19,19 @@ from typing import Any, Literal
 
 import torch
 
-from pyfold import __version__, distributed, ops
+from pyfold import __version__, distributed, function_metric, ops
 from pyfold.budget import Budget, make_budget
+from pyfold.calibration import CACHE, LENGTH, SEQUENCES, Calibration, calibrate
 from pyfold.clustering.regime import bytes_free
 from pyfold.deliver import huggingface
 from pyfold.errors import PyfoldError
-from pyfold.families import Family, family_of
+from pyfold.families import Family, FoldGroup, family_of
+from pyfold.families.activations import BATCH, Activations
 from pyfold.io.checkpoint import INDEX, Checkpoint, open_checkpoint
 from pyfold.io.destination import Destination
 from pyfold.io.output import Output
-from pyfold.jobs import Finished, make_jobs, run_jobs
+from pyfold.io.safetensors import TensorInfo, read_header
+from pyfold.jobs import ByFunction, Finished, make_jobs, run_jobs
 from pyfold.plan import Plan, make_plan, parse_size
 from pyfold.report import FoldReport, GpuReport, GroupReport, peak_rss_bytes, rss_bytes
 from pyfold.streams import Gpu, open_device
@@ -36,6 +39,8 @@ from pyfold.trace import Trace
 
 # done, total, what: called as work proceeds, in bytes of source weights.
 Progress = Callable[[int, int, str], None]
+METRICS = ("weight", "function")
+REPAIRS = ("none", "ridge")
 
 
 def fold_checkpoint(
@@ -53,6 +58,9 @@ def fold_checkpoint(
     device: str = "cpu",
     gpu_memory: int | str | None = None,
     backend: str = "auto",
+    metric: str = "weight",
+    calibration: str | Path = "self",
+    repair: str = "ridge",
     trace: str | Path | None = None,
     ray: Literal[True] | str | None = None,
     progress: Progress | None = None,
@@ -89,6 +97,14 @@ def fold_checkpoint(
         that does not fit is computed in strips there and clustered on the host, which may change the result within rounding.
     backend : str
         ``auto``, or a name from :func:`pyfold.ops.backends`, of what computes on the host.
+    metric : str
+        ``weight``: units are alike if their weights are, and merge to their mean. ``function``: if what they say on some tokens
+        is, and the strongest stands for the others, whose consumers make up for the rest; layer by layer, on the CPU.
+    calibration : str or Path
+        The tokens of the function metric: ``self``, text that the model writes itself (and that is kept in
+        ``DST.pyfold-calibration.json``), or a file of text.
+    repair : str
+        Of the function metric: ``ridge``, consumers are regressed on the units that stay, or ``none``.
     trace : str or Path, optional
         File to write a timeline of reading, computing and writing to, which Perfetto opens (Chrome's trace event format).
     ray : True or str, optional
@@ -113,6 +129,7 @@ def fold_checkpoint(
     -----
     Features of unit i: its gate and up rows, their biases, its down column. Clusters: :func:`pyfold.cluster`. Merge: rows are
     averaged, columns summed (Wang et al., "Forget the Data and Fine-Tuning! Just Fold the Network to Compress", ICLR 2025).
+    The function metric: :mod:`pyfold.function_metric`; its result also depends on torch and its threads.
     The bytes of the result depend on the source's files, the options, the backend and its SIMD level alone; with a GPU, on its
     kind, the versions of torch and CUDA, the workspace that CUBLAS_WORKSPACE_CONFIG gives cuBLAS, and which groups the host
     clusters, all of which the record names. A source asked for by a hub id is named as base_model in
@@ -120,6 +137,10 @@ def fold_checkpoint(
     """
     started = time.perf_counter()
     if ray:
+        if metric != "weight":
+            raise PyfoldError(
+                "ray: layers are folded one after another in the function metric, and not as tasks; use metric weight"
+            )
         if device != "cpu":
             raise PyfoldError(f"ray: tasks compute on CPUs, got device {device}")
         distributed.require_ray()
@@ -135,6 +156,8 @@ def fold_checkpoint(
         device=device,
         gpu_memory=gpu_memory,
         backend=backend,
+        metric=metric,
+        repair=repair,
         beside=distributed.WORKER if ray else 0,
     )
     checkpoint, family, plan, options = prepared.checkpoint, prepared.family, prepared.plan, prepared.options
@@ -145,13 +168,18 @@ def fold_checkpoint(
     if trace is not None and Path(trace).exists() and Path(trace).resolve() in {file.resolve() for file in sources}:
         raise PyfoldError(f"{trace}: the trace would replace a file of the source; choose another")
     stamps = _stamps(sources)
+    seen = None
+    if metric == "function":
+        cache = Path(dst).absolute().with_name(Path(dst).absolute().name + CACHE)
+        seen = calibrate(checkpoint, str(calibration), cache, stamps, prepared.limit - rss_bytes())
+        options |= seen.identity
     identity = {"pyfold": __version__, "options": options, "backend": backend, "sources": stamps}
     n_bytes = plan.nbytes + budget.spilled
     with (
         Trace(trace) as timeline,
         Destination(Path(dst), sources, identity=identity, overwrite=overwrite, n_bytes=n_bytes) as stage,
     ):
-        groups, source, result = _write_weights(prepared, stage, progress, timeline, ray)
+        groups, source, result = _write_weights(prepared, stage, progress, timeline, ray, seen)
         for file in checkpoint.companions():
             shutil.copyfile(file, stage.folder / file.name)
         for module in sorted(huggingface.modules(config)):
@@ -200,6 +228,7 @@ class Prepared:
     gpu_memory: int
     backend: str
     options: dict[str, Any]
+    limit: int
 
     @property
     def computed_by(self) -> str:
@@ -222,12 +251,19 @@ def prepare(
     device: str = "cpu",
     gpu_memory: int | str | None = None,
     backend: str,
+    metric: str = "weight",
+    repair: str = "ridge",
     beside: int = 0,
 ) -> Prepared:
     """Read headers, settle every option. Arguments and errors as in :func:`fold_checkpoint`.
 
     ``beside``: bytes that the process that folds holds and this one does not.
     """
+    for what, given, known in (("metric", metric, METRICS), ("repair", repair, REPAIRS)):
+        if given not in known:
+            raise PyfoldError(f"{what}: expected {' or '.join(known)}, got '{given}'")
+    if metric == "function" and device != "cpu":
+        raise PyfoldError(f"metric: function is computed on the CPU, got device {device}")
     if device == "cpu" and gpu_memory is not None:
         raise PyfoldError("gpu_memory: needs device cuda, got device cpu")
     checkpoint = open_checkpoint(src)
@@ -257,14 +293,32 @@ def prepare(
         room = gpu.free() if gpu_memory is None else parse_size(gpu_memory, "gpu_memory")
     held = rss_bytes() + beside
     limit = held + bytes_free(torch.device("cpu")) if host_memory is None else parse_size(host_memory, "host_memory")
-    budget = make_budget(checkpoint, plan, limit, held, spills=backend.startswith("cpu"), gpu_memory=room if gpu else None)
+    in_layers = None
+    if metric == "function":
+        options |= {"metric": metric, "repair": repair}
+        in_layers = {group.name: _function_bytes(checkpoint, group, k) for group, k in plan.groups}
+    spills, gpu_room = backend.startswith("cpu"), room if gpu else None
+    budget = make_budget(checkpoint, plan, limit, held, spills=spills, gpu_memory=gpu_room, beside=in_layers)
     if gpu:
         options |= {"device": gpu.name, "libraries": gpu.libraries, "clustered_on_host": budget.clustered_on_host}
-    return Prepared(checkpoint, family, plan, budget, gpu, room, backend, options)
+    return Prepared(checkpoint, family, plan, budget, gpu, room, backend, options, limit)
+
+
+def _function_bytes(checkpoint: Checkpoint, group: FoldGroup, k: int) -> int:
+    """Hidden states, a batch of them on its way through attention and that layer's weights; what the metric takes."""
+    hidden = checkpoint.config["hidden_size"]
+    states = 4 * SEQUENCES * LENGTH * hidden
+    attention = 4 * 4 * hidden * hidden + 8 * 4 * BATCH * hidden
+    return states + attention + function_metric.nbytes(group.width, k, hidden)
 
 
 def _write_weights(
-    prepared: Prepared, stage: Destination, progress: Progress | None, trace: Trace, ray: Literal[True] | str | None
+    prepared: Prepared,
+    stage: Destination,
+    progress: Progress | None,
+    trace: Trace,
+    ray: Literal[True] | str | None,
+    seen: Calibration | None,
 ) -> tuple[list[GroupReport], dict[str, str], dict[str, str]]:
     """Do every job that no earlier run has done. Returns the groups' reports, the hashes of what was read and written."""
     checkpoint, plan = prepared.checkpoint, prepared.plan
@@ -294,13 +348,28 @@ def _write_weights(
             progress(done, checkpoint.nbytes, what)
 
     jobs = make_jobs(checkpoint, plan, source)
-    run = partial(distributed.run_jobs, ray if isinstance(ray, str) else None) if ray else partial(run_jobs, gpu=prepared.gpu)
+    if ray:
+        run = partial(distributed.run_jobs, ray if isinstance(ray, str) else None)
+    else:
+        function = _by_function(prepared, stage, seen, frozenset(source)) if seen else None
+        run = partial(run_jobs, gpu=prepared.gpu, function=function)
     limited = prepared.gpu.limited(prepared.gpu_memory) if prepared.gpu else nullcontext()
     with limited, Output(stage.folder, plan.tensors, plan.shards, frozenset(source)) as output:
         run(jobs, output, plan, prepared.budget, prepared.backend, record=record, advance=advance, trace=trace)
     assert result.keys() == plan.tensors.keys(), f"not written: {plan.tensors.keys() - result.keys()}"
     advance(0, "done")
     return [reports[group.name] for group, _ in plan.groups], source, result
+
+
+def _by_function(prepared: Prepared, stage: Destination, seen: Calibration, finished: frozenset[str]) -> ByFunction:
+    """Tensors ``finished`` by a run that was stopped are seen as they were folded."""
+    plan, source = prepared.plan, prepared.checkpoint.tensors
+    written: dict[str, TensorInfo] = {}
+    for shard, names in plan.shards.items():
+        if finished.intersection(names):
+            written |= {name: info for name, info in read_header(stage.folder / shard).items() if name in finished}
+    activations = Activations(prepared.checkpoint, seen.tokens, lambda name: written.get(name) or source[name])
+    return ByFunction(activations, prepared.options["repair"] == "ridge")
 
 
 def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:

@@ -35,7 +35,11 @@ class GroupReport:
     n_moves : int
         Units that the refinement moved.
     n_singletons : int
-        Units that stayed alone, bit for bit.
+        Units that stayed alone, in the weight metric bit for bit.
+    output_error : float or None
+        Of the function metric: the share of the output's energy that is lost, on tokens held out.
+    ridge : float or None
+        Of ridge regression: its λ.
     """
 
     name: str
@@ -47,6 +51,8 @@ class GroupReport:
     total_inertia: float
     n_moves: int
     n_singletons: int
+    output_error: float | None = None
+    ridge: float | None = None
 
 
 @dataclass(frozen=True)

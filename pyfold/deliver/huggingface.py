@@ -40,6 +40,33 @@ class Folded{prefix}ForCausalLM(PerLayerWidths, {prefix}ForCausalLM):
 '''
 
 
+# metric and repair -> the merge rule, for machines and for people
+_MERGES = {
+    "weight": (
+        "mean rows, summed columns",
+        "Feed-forward units are clustered on their weights (Ward, then Hartigan's refinement); each cluster's gate and up rows "
+        "are averaged and its down columns summed.",
+    ),
+    "function": (
+        "strongest member's rows, columns regressed on it",
+        "Feed-forward units are clustered on what they contribute on the calibration tokens (Ward, then Hartigan's refinement); "
+        "each cluster's strongest member stands for it, and the others' down columns are regressed on it.",
+    ),
+    "ridge": (
+        "strongest member's rows, columns by ridge regression",
+        "Feed-forward units are clustered on what they contribute on the calibration tokens (Ward, then Hartigan's refinement); "
+        "each cluster's strongest member stands for it, and the down columns are fitted by ridge regression.",
+    ),
+}
+
+
+def _merge(options: dict[str, Any]) -> tuple[str, str]:
+    """The merge rule that options ask for."""
+    if options.get("metric") != "function":
+        return _MERGES["weight"]
+    return _MERGES["ridge" if options["repair"] == "ridge" else "function"]
+
+
 def modeling_file(family: Family) -> str:
     """The modeling file of a per-layer result."""
     return _MODELING_TEMPLATE.format(prefix=family.class_prefix, model_type=family.model_type)
@@ -122,7 +149,7 @@ def identity(
     """pyfold.json: everything needed to make the same bytes again, and nothing that depends on time, machine or path."""
     return {
         "pyfold_version": __version__,
-        "method": {"metric": "weight", "clustering": "ward+hartigan", "merge": "mean rows, summed columns"},
+        "method": {"metric": options.get("metric", "weight"), "clustering": "ward+hartigan", "merge": _merge(options)[0]},
         "backend": backend,
         "profile": "stock" if plan.uniform else "per-layer",
         "options": options,
@@ -150,11 +177,12 @@ def model_card(
     # JSON values are YAML values, so no YAML writer is needed.
     lines = ["---", *(f"{key}: {json.dumps(value, default=str)}" for key, value in front.items()), "---", ""]
     removed = 1 - plan.n_parameters / checkpoint.n_parameters
+    data = "No data, no" if options.get("calibration", "self") == "self" else "No"
     lines += [
         f"# Folded {checkpoint.hub_id or family.class_prefix + ' model'}",
         "",
         f"{removed:.2%} of the parameters removed by model folding with pyfold "
-        f"{__version__}: {checkpoint.n_parameters:,} -> {plan.n_parameters:,}. No data, no fine-tuning.",
+        f"{__version__}: {checkpoint.n_parameters:,} -> {plan.n_parameters:,}. {data} fine-tuning.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM",
@@ -168,8 +196,7 @@ def model_card(
         json.dumps(options, indent=2),
         "```",
         "",
-        "Feed-forward units are clustered on their weights (Ward, then Hartigan's refinement); each cluster's gate and up rows "
-        "are averaged and its down columns summed.",
+        _merge(options)[1],
         "",
         "| group | width | folded | inertia, share of total |",
         "|---|---|---|---|",

@@ -1,0 +1,125 @@
+"""Units folded by what they do on some tokens, not by their weights: the function metric, and consumers that make up for it.
+
+All of it is in C = Σ h hᵀ over tokens, h what the units say, and V, the consumer's columns. Unit i contributes v_i ⊗ h_i, so
+the Gram matrix of contributions is C ∘ (VᵀV): its diagonal is the error of dropping a unit. A cluster's strongest member stands
+for it; the others' columns are regressed on it, v_j C_ij / C_ii. The consumer then shrinks to that by ridge regression, on all
+units kept:
+
+    W = argmin ‖V h − W h_S‖² + λ ‖(W − W_0) D^½‖²,  D = diag(C_SS)
+
+with λ the best on tokens held out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyfold import ops
+from pyfold.clustering import Clustering, cluster
+from pyfold.families.activations import BATCH
+
+LAMBDAS = (0.03, 0.1, 0.3, 1.0, 3.0)
+_HELD_OUT = 8  # of so many sequences, one
+
+
+class Moments(NamedTuple):
+    """``Σ h hᵀ`` over tokens, (N, N) fp32: those that consumers are fitted to, and those held out."""
+
+    fitted: Tensor
+    held_out: Tensor
+
+
+class Folded(NamedTuple):
+    """Units (K,), int64, that stand for the clusters; the consumer's columns for them, (H, K) fp32; how well they do.
+
+    ``ridge`` is λ, or None without regression; ``error`` the share of the output's energy that is lost, on tokens held out.
+    """
+
+    clusters: Clustering
+    kept: Tensor
+    consumer: Tensor
+    ridge: float | None
+    error: float
+
+
+def nbytes(n: int, k: int, hidden: int) -> int:
+    """That folding N units takes beside a Gram matrix and the weights: their fp32 copies, C twice and its sum, what units say
+    of a batch, and the regression."""
+    regression = 4 * (n * k + 3 * k * k + 4 * hidden * (n + k))
+    return 4 * 3 * hidden * n + 3 * 4 * n * n + max(4 * 4 * BATCH * n, regression)
+
+
+def moments(said: Iterable[Tensor], backend: str) -> Moments:
+    """Of what N units say: batches (sequences, length, N), fp32."""
+    sums: list[Tensor | None] = [None, None]
+    n = 0
+    for h in said:
+        held = torch.arange(n, n + len(h)) % _HELD_OUT == _HELD_OUT - 1
+        n += len(h)
+        for i, part in enumerate((h[~held], h[held])):
+            if len(part):
+                sums[i] = ops.gram(
+                    part.flatten(0, 1), transposed=True, out=sums[i], accumulate=sums[i] is not None, backend=backend
+                )
+    fitted, held_out = sums
+    assert fitted is not None, "no tokens"
+    assert held_out is not None, f"{n} sequences are too few to hold one out"
+    return Moments(fitted, held_out)
+
+
+def fold_units(consumer: Tensor, seen: Moments, n_clusters: int, *, ridge: bool, backend: str) -> Folded:
+    """Fold the N units of a consumer (H, N), fp32, into K. Raises ValueError where C says nothing."""
+    c = seen.fitted + seen.held_out
+    gram = ops.gram(consumer, transposed=True, backend=backend).mul_(c)
+    energy = gram.diagonal().clone()
+    scale = float(energy.max())
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"the units' activations have energies up to {scale:g}")
+    clusters = cluster(gram=gram.div_(scale), n_clusters=n_clusters, overwrite_gram=True, backend=backend)
+    del gram
+    kept = _strongest(energy, clusters.labels, n_clusters)
+    diagonal = c.diagonal().clamp(min=torch.finfo(c.dtype).tiny)
+    stands = kept[clusters.labels]
+    share = c[stands, torch.arange(len(c))] / diagonal[stands]
+    folded = ops.merge_columns(consumer, clusters.labels, n_clusters, scale=share, backend=backend)
+    if not ridge or n_clusters == len(c):
+        return Folded(clusters, kept, folded, None, _lost(consumer, kept, folded, seen.held_out))
+    tried = _regressed(consumer, seen.fitted, kept, folded, LAMBDAS)
+    errors = {lam: _lost(consumer, kept, fit, seen.held_out) for lam, fit in tried}
+    best = min(errors, key=lambda lam: errors[lam])
+    [(_, fit)] = _regressed(consumer, c, kept, folded, (best,))
+    return Folded(clusters, kept, fit, best, errors[best])
+
+
+def _strongest(energy: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
+    """Of each cluster the member of most energy, the first among equals."""
+    most = torch.zeros(n_clusters, dtype=energy.dtype).scatter_reduce(0, labels, energy, "amax")
+    candidates = torch.where(energy == most[labels], torch.arange(len(labels)), len(labels))
+    return torch.full((n_clusters,), len(labels)).scatter_reduce(0, labels, candidates, "amin")
+
+
+def _regressed(
+    consumer: Tensor, c: Tensor, kept: Tensor, folded: Tensor, lambdas: Iterable[float]
+) -> Iterator[tuple[float, Tensor]]:
+    """The ridge solutions (H, K), each with its λ; solved in units of equal energy, where they are well conditioned."""
+    cross = c[:, kept]
+    square = cross[kept]
+    scale = square.diagonal().clamp(min=torch.finfo(c.dtype).tiny).sqrt()
+    square.div_(scale).div_(scale[:, None])
+    right, toward = (consumer @ cross).div_(scale), folded * scale
+    del cross
+    for lam in lambdas:
+        factor = torch.linalg.cholesky(square + lam * torch.eye(len(square)))
+        yield lam, torch.cholesky_solve((right + lam * toward).T, factor).T.div_(scale)
+
+
+def _lost(consumer: Tensor, kept: Tensor, folded: Tensor, c: Tensor) -> float:
+    """``Σ ‖V h − W h_S‖² / Σ ‖V h‖²``."""
+    missed = consumer.clone()
+    missed[:, kept] -= folded
+    energies = [float(((v @ c) * v).double().sum()) for v in (missed, consumer)]
+    return energies[0] / energies[1] if energies[1] else 0.0
