@@ -114,7 +114,7 @@ def _write(model: Any, tokenizer: Any) -> Tensor:
     distinct = len(torch.unique(spans, dim=0)) / len(spans)
     if distinct < _DISTINCT:
         raise PyfoldError(
-            f"calibration: the model repeats itself ({1 - distinct:.0%} of all {_SPAN} tokens in a row are there twice); give a "
+            f"calibration: the model repeats itself ({1 - distinct:.0%} of {_SPAN} tokens in a row are there twice); give a "
             "text with --calibration FILE, or fold by weights alone with --metric weight"
         )
     return tokens

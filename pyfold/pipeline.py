@@ -30,7 +30,7 @@ from pyfold.families.activations import BATCH, Activations
 from pyfold.io.checkpoint import INDEX, Checkpoint, open_checkpoint
 from pyfold.io.destination import Destination
 from pyfold.io.output import Output
-from pyfold.io.safetensors import TensorInfo, read_header
+from pyfold.io.safetensors import TensorInfo
 from pyfold.jobs import ByFunction, Finished, make_jobs, run_jobs
 from pyfold.plan import Plan, make_plan, parse_size
 from pyfold.report import FoldReport, GpuReport, GroupReport, peak_rss_bytes, rss_bytes
@@ -348,28 +348,27 @@ def _write_weights(
             progress(done, checkpoint.nbytes, what)
 
     jobs = make_jobs(checkpoint, plan, source)
-    if ray:
-        run = partial(distributed.run_jobs, ray if isinstance(ray, str) else None)
-    else:
-        function = _by_function(prepared, stage, seen, frozenset(source)) if seen else None
-        run = partial(run_jobs, gpu=prepared.gpu, function=function)
+    finished = frozenset(source)
     limited = prepared.gpu.limited(prepared.gpu_memory) if prepared.gpu else nullcontext()
-    with limited, Output(stage.folder, plan.tensors, plan.shards, frozenset(source)) as output:
+    with limited, Output(stage.folder, plan.tensors, plan.shards, finished) as output:
+        if ray:
+            run = partial(distributed.run_jobs, ray if isinstance(ray, str) else None)
+        else:
+            function = _by_function(prepared, output, seen, finished) if seen else None
+            run = partial(run_jobs, gpu=prepared.gpu, function=function)
         run(jobs, output, plan, prepared.budget, prepared.backend, record=record, advance=advance, trace=trace)
     assert result.keys() == plan.tensors.keys(), f"not written: {plan.tensors.keys() - result.keys()}"
     advance(0, "done")
     return [reports[group.name] for group, _ in plan.groups], source, result
 
 
-def _by_function(prepared: Prepared, stage: Destination, seen: Calibration, finished: frozenset[str]) -> ByFunction:
+def _by_function(prepared: Prepared, output: Output, seen: Calibration, finished: frozenset[str]) -> ByFunction:
     """Tensors ``finished`` by a run that was stopped are seen as they were folded."""
-    plan, source = prepared.plan, prepared.checkpoint.tensors
-    written: dict[str, TensorInfo] = {}
-    for shard, names in plan.shards.items():
-        if finished.intersection(names):
-            written |= {name: info for name, info in read_header(stage.folder / shard).items() if name in finished}
-    activations = Activations(prepared.checkpoint, seen.tokens, lambda name: written.get(name) or source[name])
-    return ByFunction(activations, prepared.options["repair"] == "ridge")
+
+    def place(name: str) -> TensorInfo:
+        return output.place(name) if name in finished else prepared.checkpoint.tensors[name]
+
+    return ByFunction(Activations(prepared.checkpoint, seen.tokens, place), prepared.options["repair"] == "ridge")
 
 
 def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:

@@ -49,13 +49,13 @@ _MERGES = {
     ),
     "function": (
         "strongest member's rows, columns regressed on it",
-        "Feed-forward units are clustered on what they contribute on the calibration tokens (Ward, then Hartigan's refinement); "
-        "each cluster's strongest member stands for it, and the others' down columns are regressed on it.",
+        "Feed-forward units are clustered on what they contribute on the calibration tokens (Ward, then Hartigan's "
+        "refinement); each cluster's strongest member stands for it, and the others' down columns are regressed on it.",
     ),
     "ridge": (
         "strongest member's rows, columns by ridge regression",
-        "Feed-forward units are clustered on what they contribute on the calibration tokens (Ward, then Hartigan's refinement); "
-        "each cluster's strongest member stands for it, and the down columns are fitted by ridge regression.",
+        "Feed-forward units are clustered on what they contribute on the calibration tokens (Ward, then Hartigan's "
+        "refinement); each cluster's strongest member stands for it, and the down columns are fitted by ridge regression.",
     ),
 }
 

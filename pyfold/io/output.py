@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyfold.errors import PyfoldError
 from pyfold.io.destination import SCRATCH, sync_folder
-from pyfold.io.safetensors import Shard, TensorInfo
+from pyfold.io.safetensors import Shard, TensorInfo, layout
 
 Layout = tuple[str, tuple[int, ...]]  # safetensors dtype, shape
 
@@ -57,7 +57,10 @@ class Output:
         return folder
 
     def place(self, name: str) -> TensorInfo:
-        """Where in the result a tensor is, some of which has been written."""
+        """Where in the result a tensor is, once it has been written."""
+        if name not in self._places:
+            shard = self._shard_of[name]
+            self._places |= layout(self.folder / shard, self._layout(shard))[1]
         return self._places[name]
 
     def sync(self) -> None:
@@ -69,7 +72,8 @@ class Output:
     def _shard(self, name: str) -> Shard:
         shard = self._shard_of[name]
         if shard not in self._open:
-            layout = {member: self._tensors[member] for member in self._shards[shard]}
-            self._open[shard] = Shard(self.folder / shard, layout, self._written, self._opened)
-            self._places.update({member: self._open[shard].place(member) for member in layout})
+            self._open[shard] = Shard(self.folder / shard, self._layout(shard), self._written, self._opened)
         return self._open[shard]
+
+    def _layout(self, shard: str) -> dict[str, Layout]:
+        return {name: self._tensors[name] for name in self._shards[shard]}

@@ -312,6 +312,26 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
+def layout(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, TensorInfo]]:
+    """What a file of these tensors, name -> (safetensors dtype, shape), begins with, and where in it they are."""
+    # Widest items first, as the safetensors package does, so that every tensor is aligned.
+    order = sorted(tensors, key=lambda name: -ITEM_SIZE[tensors[name][0]])
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        end = at + prod(shape) * ITEM_SIZE[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    blob = json.dumps(header, separators=(",", ":")).encode()
+    blob += b" " * (-len(blob) % 8)
+    places = {
+        name: TensorInfo(name, path, *tensors[name], *(8 + len(blob) + at for at in header[name]["data_offsets"]))
+        for name in order
+    }
+    return struct.pack("<Q", len(blob)) + blob, places
+
+
 class Shard:
     """One output file with a layout fixed in advance; tensors are written in any order, whole or in pieces."""
 
@@ -327,21 +347,7 @@ class Shard:
         ``folder``: the open folder of ``path``, in which the file is then opened wherever that folder is by now.
         """
         self.path = path
-        # Widest items first, as the safetensors package does, so that every tensor is aligned.
-        order = sorted(tensors, key=lambda name: -ITEM_SIZE[tensors[name][0]])
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
-        for name in order:
-            dtype, shape = tensors[name]
-            end = at + prod(shape) * ITEM_SIZE[dtype]
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
-            at = end
-        blob = json.dumps(header, separators=(",", ":")).encode()
-        blob += b" " * (-len(blob) % 8)
-        self._info = {
-            name: TensorInfo(name, path, *tensors[name], *(8 + len(blob) + at for at in header[name]["data_offsets"]))
-            for name in order
-        }
+        blob, self._info = layout(path, tensors)
         self._left = {name: info.nbytes for name, info in self._info.items() if name not in written}
         where = path if folder is None else path.name
         self._file = os.open(where, os.O_WRONLY | os.O_CREAT, 0o666, dir_fd=folder)
@@ -349,7 +355,7 @@ class Shard:
         with suppress(OSError):  # a file system that does not do without the page cache
             self._direct = os.open(where, os.O_WRONLY | getattr(os, "O_DIRECT", 0), dir_fd=folder)
         try:
-            self._write(memoryview(struct.pack("<Q", len(blob)) + blob), 0)
+            self._write(memoryview(blob), 0)
         except BaseException:
             self.close()
             raise
@@ -369,10 +375,6 @@ class Shard:
             return self.write(name, block, row * width * item)
         for i, line in enumerate(block, row):
             self.write(name, line, (i * width + column) * item)
-
-    def place(self, name: str) -> TensorInfo:
-        """Where a tensor is, to be read back."""
-        return self._info[name]
 
     @property
     def complete(self) -> bool:

@@ -1,0 +1,219 @@
+"""The function metric: units folded by what they do, consumers that make up for it, whole folds on the model's own text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, load, logits, tiny_checkpoint, tree
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from pyfold import cli, fold_checkpoint, function_metric, jobs
+from pyfold.calibration import CACHE
+from pyfold.errors import PyfoldError
+from pyfold.families.activations import Activations
+from pyfold.function_metric import Moments, fold_units, moments
+from pyfold.io.checkpoint import open_checkpoint
+
+BACKEND = "auto"
+
+
+def said(n: int = 24, hidden: int = 10, rank: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+    """What n units say in 32 sequences of 20 tokens, (32, 20, n), and a consumer (hidden, n)."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(32, 20, rank, generator=generator) @ torch.randn(rank, n, generator=generator)
+    return h * torch.logspace(0, -1, n), torch.randn(hidden, n, generator=generator)
+
+
+def output_error(h: torch.Tensor, consumer: torch.Tensor, kept: torch.Tensor, folded: torch.Tensor) -> float:
+    """Share of the output's energy that is lost, in fp64, token by token."""
+    h, consumer, folded = h.flatten(0, 1).double(), consumer.double(), folded.double()
+    whole = h @ consumer.T
+    return float((whole - h[:, kept] @ folded.T).square().sum() / whole.square().sum())
+
+
+def test_moments_part_the_tokens_that_are_held_out() -> None:
+    h, _ = said()
+    seen = moments(iter(h.split(5)), BACKEND)
+    held = torch.arange(32) % 8 == 7
+    for found, part in ((seen.fitted, h[~held]), (seen.held_out, h[held])):
+        part = part.flatten(0, 1).double()
+        torch.testing.assert_close(found.double(), part.T @ part, rtol=1e-5, atol=1e-3)
+
+
+def test_units_that_contribute_the_same_fold_without_loss() -> None:
+    """As a pair does that differs by scale and sign between what it says and how it is heard."""
+    h, consumer = said(12)
+    doubled = torch.cat([h, -0.5 * h], 2)
+    consumer = torch.cat([consumer, -2 * consumer], 1)
+    folded = fold_units(consumer, moments([doubled], BACKEND), 12, ridge=False, backend=BACKEND)
+    assert sorted((folded.kept % 12).tolist()) == list(range(12)), "one of each two stands for both"
+    assert output_error(doubled, consumer, folded.kept, folded.consumer) < 1e-9
+    assert folded.error < 1e-6
+
+
+@pytest.mark.parametrize("lam", function_metric.LAMBDAS)
+def test_the_consumer_is_the_ridge_solution(lam: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against least squares over the tokens themselves, with rows for the penalty, in fp64."""
+    monkeypatch.setattr(function_metric, "LAMBDAS", (lam,))
+    h, consumer = said()
+    plain = fold_units(consumer, moments([h], BACKEND), 15, ridge=False, backend=BACKEND)
+    found = fold_units(consumer, moments([h], BACKEND), 15, ridge=True, backend=BACKEND)
+    assert found.ridge == lam
+    x = h.flatten(0, 1).double()
+    kept, y = x[:, found.kept], x @ consumer.double().T
+    penalty = (lam * kept.square().sum(0)).sqrt().diag()
+    rows = torch.cat([kept, penalty]), torch.cat([y, penalty @ plain.consumer.double().T])
+    torch.testing.assert_close(found.consumer.double(), torch.linalg.lstsq(*rows).solution.T, rtol=1e-3, atol=1e-4)
+
+
+def test_regression_loses_less_and_the_best_lambda_is_taken() -> None:
+    h, consumer = said(rank=8)
+    seen = moments([h], BACKEND)
+    plain = fold_units(consumer, seen, 12, ridge=False, backend=BACKEND)
+    best = fold_units(consumer, seen, 12, ridge=True, backend=BACKEND)
+    assert best.error < 0.5 * plain.error
+    assert best.ridge == min(function_metric.LAMBDAS), "there is nothing that could be overfitted"
+
+
+def test_nothing_is_said() -> None:
+    _, consumer = said()
+    with pytest.raises(ValueError, match="energies up to 0"):
+        fold_units(consumer, Moments(torch.zeros(24, 24), torch.zeros(24, 24)), 12, ridge=True, backend=BACKEND)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_are_those_of_the_model(family: str, tmp_path: Path) -> None:
+    """What each feed-forward network reads, also behind one that has been replaced."""
+    folder = tiny_checkpoint(tmp_path / "src", family)
+    checkpoint = open_checkpoint(folder)
+    model = load(folder)
+    tokens = torch.randint(0, 64, (3, 20), generator=torch.Generator().manual_seed(0))
+    read: dict[int, torch.Tensor] = {}
+    for layer, module in enumerate(model.model.layers):
+        module.mlp.register_forward_pre_hook(lambda _, given, layer=layer: read.update({layer: given[0]}))
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
+    logits(model, tokens)
+    activations = Activations(checkpoint, tokens, lambda name: checkpoint.tensors[name])
+    weights = {name: tensor for name, tensor in model.state_dict().items() if ".1.mlp." in name}
+    torch.testing.assert_close(torch.cat(list(activations.inputs(1))), read[1], rtol=1e-4, atol=1e-5)
+    activations.feed(activations.mlp(1, weights))
+    torch.testing.assert_close(torch.cat(list(activations.inputs(2))), read[2], rtol=1e-4, atol=1e-5)
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """Words w3 to w63, and a beginning and an end."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 64)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "biases"])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_tokenizer(tiny_checkpoint(tmp_path_factory.mktemp("source") / "src", mlp_bias=request.param))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    words = torch.randint(3, 64, (16 * 255 + 7,), generator=torch.Generator().manual_seed(0))
+    file.write_text(" ".join(f"w{word}" for word in words.tolist()))
+    return file
+
+
+def run(source: Path, dst: Path, **options: Any) -> dict[str, str]:
+    fold_checkpoint(source, dst, metric="function", **options)
+    return tree(dst)
+
+
+def test_no_unit_removed_changes_nothing(source: Path, text: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "dst", ratio=0, calibration=text)
+    ids = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(logits(load(source), ids), logits(load(tmp_path / "dst"), ids))
+
+
+def test_it_is_nearer_to_the_model_than_weights_are(source: Path, text: Path, tmp_path: Path) -> None:
+    ids = torch.randint(3, 64, (16, 24), generator=torch.Generator().manual_seed(1))
+    dense = logits(load(source), ids)
+    off = {}
+    for metric in ("weight", "function"):
+        fold_checkpoint(source, tmp_path / metric, ratio=0.5, metric=metric, calibration=text)
+        off[metric] = float((logits(load(tmp_path / metric), ids) - dense).square().mean())
+    assert off["function"] < 0.7 * off["weight"], off
+
+
+def test_the_model_writes_its_own_text_and_it_is_kept(source: Path, tmp_path: Path) -> None:
+    first = run(source, tmp_path / "dst", ratio=0.25)
+    cache = tmp_path / f"dst{CACHE}"
+    tokens = torch.tensor(json.loads(cache.read_text())["tokens"])
+    assert tokens.shape == (96, 256)
+    assert bool((tokens[:, 0] == 1).all())
+    assert len(tokens.unique(dim=0)) == 96
+    stamp = cache.stat().st_mtime_ns
+    assert run(source, tmp_path / "dst", ratio=0.25, overwrite=True) == first
+    assert cache.stat().st_mtime_ns == stamp, "read, not written again"
+    record = json.loads((tmp_path / "dst" / "pyfold.json").read_text())
+    assert record["method"]["metric"] == "function"
+    assert record["options"]["calibration"] == "self"
+    assert all(0 <= group["output_error"] < 1 and group["ridge"] for group in record["groups"])
+
+
+def test_it_goes_on_where_it_was_stopped(source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(source, tmp_path / "expected", ratio=0.25, calibration=text)
+    whole, done = jobs._FunctionFold.run, []
+
+    def stopped(fold: Any) -> Any:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(fold.group.name)
+        report = whole(fold)
+        fold.stages.behind.wait(0)
+        return report
+
+    monkeypatch.setattr(jobs._FunctionFold, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "dst", ratio=0.25, calibration=text)
+    again: list[str] = []
+    monkeypatch.setattr(jobs._FunctionFold, "run", lambda fold: (again.append(fold.group.name), whole(fold))[1])
+    assert run(source, tmp_path / "dst", ratio=0.25, calibration=text) == expected
+    assert 0 < len(again) < 3
+
+
+def test_what_cannot_be_done_is_said(source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("w3 w4 w5")
+    bare = tiny_checkpoint(tmp_path / "bare")
+    dst = tmp_path / "dst"
+    for of, options, words in (
+        (source, ["--metric", "functions"], "metric: expected weight or function, got 'functions'"),
+        (source, ["--metric", "function", "--repair", "all"], "repair: expected none or ridge, got 'all'"),
+        (source, ["--metric", "function", "--calibration", str(short)], "at least 4080 tokens of text, got 3"),
+        (source, ["--metric", "function", "--calibration", str(tmp_path / "no")], "cannot read the calibration text"),
+        (source, ["--metric", "function", "--device", "cuda"], "function is computed on the CPU"),
+        (source, ["--metric", "function", "--host-memory", "350MiB"], "host_memory"),
+        (bare, ["--metric", "function"], "transformers cannot load it"),
+    ):
+        assert cli.main(["fold", str(of), str(dst), "--ratio", "0.25", *options]) == 2
+        error = capsys.readouterr().err
+        assert words in error, error
+        assert error.count("\n") == 1
+        assert not dst.exists()
+
+
+def test_a_model_that_repeats_itself_is_refused(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "src")
+    model = load(folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(100)  # as cold as can be
+    model.save_pretrained(folder)
+    with pytest.raises(PyfoldError, match="repeats itself"):
+        fold_checkpoint(with_tokenizer(folder), tmp_path / "dst", ratio=0.2, metric="function")
