@@ -156,12 +156,14 @@ def _status(field: str) -> int:
 def summary(report: FoldReport) -> str:
     """The report as a person reads it at the end of a fold."""
     head = f"{'group':<16}{'width':>7}{'folded':>8}{'inertia':>9}{'refined':>9}{'moved':>7}{'alone':>7}"
-    lines = [head]
+    seen = any(group.output_error is not None for group in report.groups)
+    lines = [head + (f"{'lost':>9}{'ridge':>7}" if seen else "")]
     for group in report.groups:
         total = group.total_inertia or 1.0
         lines.append(
             f"{group.name:<16}{group.width:>7}{group.folded_width:>8}{group.ward_inertia / total:>9.2%}"
             f"{group.inertia / total:>9.2%}{group.n_moves:>7}{group.n_singletons:>7}"
+            + (f"{group.output_error:>9.2%}{group.ridge or 0:>7}" if group.output_error is not None else "")
         )
     lines += [
         "",
