@@ -68,6 +68,7 @@ def calibrate(checkpoint: Checkpoint, text: str, cache: Path, stamps: dict[str, 
         )
     model, tokenizer = evaluate.load_model(checkpoint.path)
     tokens = _write(model, tokenizer)
+    cache.parent.mkdir(parents=True, exist_ok=True)
     temporary = cache.with_name(f"{cache.name}.tmp")
     temporary.write_text(json.dumps({"key": key, "tokens": tokens.tolist()}), encoding="utf-8")
     temporary.replace(cache)

@@ -26,7 +26,7 @@ from pyfold.clustering.regime import bytes_free
 from pyfold.deliver import huggingface
 from pyfold.errors import PyfoldError
 from pyfold.families import Family, FoldGroup, family_of
-from pyfold.families.activations import BATCH, Activations
+from pyfold.families.activations import BATCH, Activations, decoder
 from pyfold.io.checkpoint import INDEX, Checkpoint, open_checkpoint
 from pyfold.io.destination import Destination
 from pyfold.io.output import Output
@@ -291,6 +291,8 @@ def prepare(
     room = 0
     if gpu:
         room = gpu.free() if gpu_memory is None else parse_size(gpu_memory, "gpu_memory")
+    if metric == "function":
+        decoder(checkpoint)  # what it imports is there when memory is measured
     held = rss_bytes() + beside
     limit = held + bytes_free(torch.device("cpu")) if host_memory is None else parse_size(host_memory, "host_memory")
     in_layers = None

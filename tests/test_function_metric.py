@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, load, logits, tiny_checkpoint, tree
+from conftest import FAMILIES, load, logits, run_cli, tiny_checkpoint, tree
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -186,6 +187,17 @@ def test_it_goes_on_where_it_was_stopped(source: Path, text: Path, tmp_path: Pat
     monkeypatch.setattr(jobs._FunctionFold, "run", lambda fold: (again.append(fold.group.name), whole(fold))[1])
     assert run(source, tmp_path / "dst", ratio=0.25, calibration=text) == expected
     assert 0 < len(again) < 3
+
+
+def test_memory_is_kept_to(text: Path, tmp_path: Path) -> None:
+    source = with_tokenizer(tiny_checkpoint(tmp_path / "src", width=1200, hidden_size=512))
+    options = ["--ratio", "0.2", "--metric", "function", "--calibration", text, "--json", "--host-memory"]
+    refused = run_cli("fold", source, tmp_path / "dst", *options, "1MiB")
+    assert refused.returncode == 2, refused.stderr
+    least = int(re.search(r"at least .*\(([\d,]+) bytes\)", refused.stderr)[1].replace(",", ""))
+    done = run_cli("fold", source, tmp_path / "dst", *options, least + (8 << 20))  # what a process holds varies
+    assert done.returncode == 0, done.stderr
+    assert 0.7 * least < json.loads(done.stdout)["peak_rss_bytes"] <= least + (8 << 20)
 
 
 def test_what_cannot_be_done_is_said(source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,15 @@ class Mlp(NamedTuple):
         return self.act(linear(x, self.gate, self.gate_bias)).mul_(linear(x, self.up, self.up_bias))
 
 
+def decoder(checkpoint: Checkpoint) -> Any:
+    """Its modules in transformers, without weights."""
+    from transformers import AutoConfig, AutoModel
+
+    options = {key: value for key, value in checkpoint.config.items() if key not in _OWN}
+    with torch.device("meta"):
+        return AutoModel.from_config(AutoConfig.for_model(**options, attn_implementation="sdpa")).eval()
+
+
 class Activations:
     """Of tokens on their way through a decoder, at first before layer 0.
 
@@ -49,18 +58,14 @@ class Activations:
     """
 
     def __init__(self, checkpoint: Checkpoint, tokens: Tensor, place: Callable[[str], TensorInfo]) -> None:
-        from transformers import AutoConfig, AutoModel
-
-        options = {key: value for key, value in checkpoint.config.items() if key not in _OWN}
-        config = AutoConfig.for_model(**options, attn_implementation="sdpa")
-        window, length = getattr(config, "sliding_window", None), tokens.shape[1]
+        self._model = decoder(checkpoint)
+        config, length = self._model.config, tokens.shape[1]
+        window = getattr(config, "sliding_window", None)
         if window is not None and window < length:
             raise PyfoldError(
                 f"{checkpoint.path / 'config.json'}: a sliding_window of {window} is less than the {length} tokens of a "
                 "calibration sequence; fold by weights alone (metric weight)"
             )
-        with torch.device("meta"):
-            self._model: Any = AutoModel.from_config(config).eval()
         self._place = place
         self._tensors = checkpoint.tensors
         self._prefix = "model." if any(name.startswith("model.") for name in checkpoint.tensors) else ""
