@@ -20,7 +20,7 @@ from pyfold.io.checkpoint import Checkpoint
 
 LENGTH = 256  # tokens of a sequence: a model writes as many steps, whatever it writes
 SEQUENCES = 96
-_WAVE = 48  # sequences that are written together: twice as many take twice the memory and 0.8 of the time
+_WAVE = 48  # sequences that are written together; what they have seen takes memory
 _FEWEST = 16  # sequences: with fewer there is nothing to hold out
 _SPAN, _DISTINCT = 8, 0.5  # tokens in a row that were not there before: in text nearly all
 _SEED = 0
@@ -93,22 +93,19 @@ def _read(file: Path, tokenizer: Any) -> Tensor:
 
 def _write(model: Any, tokenizer: Any) -> Tensor:
     """From the beginning token on, at temperature 1, past the ends of texts."""
-    from transformers import AttentionInterface, GenerationConfig
-    from transformers.cache_utils import Cache
+    from transformers import GenerationConfig
 
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if begin is None:
         raise PyfoldError("calibration: the tokenizer has no token to begin a text with; give a text with --calibration FILE")
     # Of the model's own settings none is taken: it may be set to be sure of itself.
     model.generation_config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=LENGTH - 1, disable_compile=True)
-    AttentionInterface.register("pyfold_last_token", _attend_from_last_token)
-    model.set_attn_implementation("pyfold_last_token")
     first = torch.full((_WAVE, 1), begin)
     waves = []
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(_SEED)
         for _ in range(SEQUENCES // _WAVE):
-            cache = Cache(layers=[_seen_layer() for _ in range(model.config.num_hidden_layers)])
+            cache = prepare_writing(model)
             waves.append(model.generate(first, attention_mask=torch.ones_like(first), past_key_values=cache).clone())
     tokens = torch.cat(waves)
     spans = tokens.unfold(1, _SPAN, 1).flatten(0, 1)
@@ -121,9 +118,13 @@ def _write(model: Any, tokenizer: Any) -> Tensor:
     return tokens
 
 
-def _seen_layer() -> Any:
-    """Keys and values of a layer, written in place: a cache that grows is copied at every token."""
-    from transformers.cache_utils import StaticLayer
+def prepare_writing(model: Any) -> Any:
+    """Have a model take a token of each sequence at a time; returns where it keeps keys and values of up to LENGTH of them.
+
+    They are written in place: a cache that grows is copied at every token.
+    """
+    from transformers import AttentionInterface
+    from transformers.cache_utils import Cache, StaticLayer
 
     class Seen(StaticLayer):
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -131,7 +132,9 @@ def _seen_layer() -> Any:
             n = int(self.cumulative_length)
             return keys[:, :, :n], values[:, :, :n]
 
-    return Seen(max_cache_len=LENGTH)
+    AttentionInterface.register("pyfold_last_token", _attend_from_last_token)
+    model.set_attn_implementation("pyfold_last_token")
+    return Cache(layers=[Seen(max_cache_len=LENGTH) for _ in range(model.config.num_hidden_layers)])
 
 
 def _attend_from_last_token(

@@ -288,7 +288,8 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration",
         default="self",
         metavar="FILE",
-        help="of the function metric: self (default), text that the model writes itself, or a file of text",
+        help="of the function metric: self (default), text that the model writes itself, or a file of text; the weight "
+        "metric has none",
     )
     fold.add_argument("--repair", default="ridge", help="of the function metric: ridge (default) or none")
     fold.add_argument(

@@ -31,7 +31,7 @@ from pyfold.jobs import make_jobs, reads_of
 from pyfold.memory import Pool, empty
 from pyfold.pipeline import Prepared
 from pyfold.reads import gram_reads, strips_of
-from pyfold.streams import Gpu
+from pyfold.streams import Gpu, Queue
 
 _COPIED_ROWS = 1 << 13  # of a panel on its way to a GPU, and back: 16 MiB
 _DISK_BYTES = 1 << 27  # of a probe, unless half a second is over before
@@ -239,11 +239,15 @@ def _copy_rates(gpu: Gpu) -> tuple[float, float]:
         there = gpu.empty((_COPIED_ROWS, PANEL), torch.float16)
         here.zero_()
         rates = [
-            there.nbytes / _best(lambda queue=queue, way=way: queue.put(partial(gpu.copy, *way)).synchronize(), 0.05)  # type: ignore[misc]
+            there.nbytes / _best(partial(_done, queue, partial(gpu.copy, *way)), 0.05)
             for queue, way in ((gpu.up, (there, here)), (gpu.down, (here, there)))
         ]
         pool.give_back(here)
     return rates[0], rates[1]
+
+
+def _done(queue: Queue, action: Callable[[], object]) -> None:
+    queue.put(action).synchronize()
 
 
 def _clustering_rate(prepared: Prepared, gpu: Gpu, x: Tensor) -> float:

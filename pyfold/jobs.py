@@ -269,23 +269,13 @@ class _Fold:
     held: dict[str, tuple[Read, Tensor]] = field(default_factory=dict)
 
     def run(self) -> GroupReport:
-        group, k, stages = self.group, self.job.n_clusters, self.stages
+        group, stages = self.group, self.stages
         with stages.device.group(group.name):
             clusters = self._clusters()
             for info in self.job.tensors:
-                width = k if info.name in group.consumers else info.n_parameters // group.width
+                width = self.job.n_clusters if info.name in group.consumers else info.n_parameters // group.width
                 stages.write(info.name, self._merged(info, clusters), width, self._room)
-        return GroupReport(
-            name=group.name,
-            layer=group.layer,
-            width=group.width,
-            folded_width=k,
-            inertia=clusters.inertia,
-            ward_inertia=clusters.ward_inertia,
-            total_inertia=clusters.total_inertia,
-            n_moves=clusters.n_moves,
-            n_singletons=int((torch.bincount(clusters.labels) == 1).sum()),
-        )
+        return _report(group, clusters)
 
     def _room(self) -> int:
         """Bytes for what waits to be written."""
@@ -349,7 +339,7 @@ class _FunctionFold:
     function: ByFunction
 
     def run(self) -> GroupReport:
-        group, k, stages, (activations, ridge) = self.group, self.job.n_clusters, self.stages, self.function
+        group, stages, (activations, ridge) = self.group, self.stages, self.function
         weights: dict[str, Tensor] = {}
         reads: dict[str, Read] = {}
         for read, values in stages.take(gram_reads(group, self.job.tensors, self.cut, 0)):
@@ -360,7 +350,7 @@ class _FunctionFold:
             seen = moments((mlp.units(x) for x in activations.inputs(group.layer)), stages.backend)
         with stages.trace("fold", group=group.name):
             try:
-                folded = fold_units(mlp.down, seen, k, ridge=ridge, backend=stages.backend)
+                folded = fold_units(mlp.down, seen, self.job.n_clusters, ridge=ridge, backend=stages.backend)
             except ValueError as error:
                 raise PyfoldError(f"{self.job.tensors[0].path}: {group.name} cannot be folded: {error}") from None
         del seen, mlp
@@ -373,17 +363,20 @@ class _FunctionFold:
             stages.write(name, [_Block(block, 0, 0, lambda: None)], block.shape[1], lambda: self.cut.behind)
         with stages.trace("feed", group=group.name):
             activations.feed(activations.mlp(group.layer, weights))
-        clusters = folded.clusters
-        return GroupReport(
-            name=group.name,
-            layer=group.layer,
-            width=group.width,
-            folded_width=k,
-            inertia=clusters.inertia,
-            ward_inertia=clusters.ward_inertia,
-            total_inertia=clusters.total_inertia,
-            n_moves=clusters.n_moves,
-            n_singletons=int((torch.bincount(clusters.labels) == 1).sum()),
-            output_error=folded.error,
-            ridge=folded.ridge,
-        )
+        return _report(group, folded.clusters, output_error=folded.error, ridge=folded.ridge)
+
+
+def _report(group: FoldGroup, clusters: Clustering, **seen: float | None) -> GroupReport:
+    """``seen``: what the function metric knows beside."""
+    return GroupReport(
+        name=group.name,
+        layer=group.layer,
+        width=group.width,
+        folded_width=clusters.n_clusters,
+        inertia=clusters.inertia,
+        ward_inertia=clusters.ward_inertia,
+        total_inertia=clusters.total_inertia,
+        n_moves=clusters.n_moves,
+        n_singletons=int((torch.bincount(clusters.labels) == 1).sum()),
+        **seen,
+    )

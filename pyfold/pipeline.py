@@ -157,6 +157,7 @@ def fold_checkpoint(
         gpu_memory=gpu_memory,
         backend=backend,
         metric=metric,
+        calibration=calibration,
         repair=repair,
         beside=distributed.WORKER if ray else 0,
     )
@@ -252,6 +253,7 @@ def prepare(
     gpu_memory: int | str | None = None,
     backend: str,
     metric: str = "weight",
+    calibration: str | Path = "self",
     repair: str = "ridge",
     beside: int = 0,
 ) -> Prepared:
@@ -262,6 +264,10 @@ def prepare(
     for what, given, known in (("metric", metric, METRICS), ("repair", repair, REPAIRS)):
         if given not in known:
             raise PyfoldError(f"{what}: expected {' or '.join(known)}, got '{given}'")
+    if metric == "weight" and str(calibration) not in ("self", "none"):
+        raise PyfoldError(f"calibration: {calibration} is for metric function; the weight metric sees no text")
+    if metric == "function" and str(calibration) == "none":
+        raise PyfoldError("calibration: the function metric needs text: self, or a file; metric weight needs none")
     if metric == "function" and device != "cpu":
         raise PyfoldError(f"metric: function is computed on the CPU, got device {device}")
     if device == "cpu" and gpu_memory is not None:

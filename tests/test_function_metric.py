@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from pyfold import cli, fold_checkpoint, function_metric, jobs
+from pyfold import calibration, cli, fold_checkpoint, function_metric, jobs
 from pyfold.calibration import CACHE
 from pyfold.errors import PyfoldError
 from pyfold.families.activations import Activations
@@ -109,6 +109,18 @@ def test_activations_are_those_of_the_model(family: str, tmp_path: Path) -> None
     torch.testing.assert_close(torch.cat(list(activations.inputs(2))), read[2], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_is_written_by_the_model_as_it_is(family: str, tmp_path: Path) -> None:
+    """What it says token by token, keys and values in place and shared by heads, is what it says of the whole text."""
+    model = load(tiny_checkpoint(tmp_path / "src", family))
+    tokens = torch.randint(0, 64, (3, 20), generator=torch.Generator().manual_seed(0))
+    expected = logits(model, tokens)
+    cache = calibration.prepare_writing(model)
+    with torch.inference_mode():
+        said = [model(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(tokens.shape[1])]
+    torch.testing.assert_close(torch.cat(said, 1), expected, rtol=1e-4, atol=1e-4)
+
+
 def with_tokenizer(folder: Path) -> Path:
     """Words w3 to w63, and a beginning and an end."""
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 64)}}
@@ -147,7 +159,8 @@ def test_it_is_nearer_to_the_model_than_weights_are(source: Path, text: Path, tm
     dense = logits(load(source), ids)
     off = {}
     for metric in ("weight", "function"):
-        fold_checkpoint(source, tmp_path / metric, ratio=0.5, metric=metric, calibration=text)
+        seen = {"calibration": text} if metric == "function" else {}
+        fold_checkpoint(source, tmp_path / metric, ratio=0.5, metric=metric, **seen)
         off[metric] = float((logits(load(tmp_path / metric), ids) - dense).square().mean())
     assert off["function"] < 0.7 * off["weight"], off
 
@@ -210,6 +223,8 @@ def test_what_cannot_be_done_is_said(source: Path, text: Path, tmp_path: Path, c
         (source, ["--metric", "function", "--repair", "all"], "repair: expected none or ridge, got 'all'"),
         (source, ["--metric", "function", "--calibration", str(short)], "at least 4080 tokens of text, got 3"),
         (source, ["--metric", "function", "--calibration", str(tmp_path / "no")], "cannot read the calibration text"),
+        (source, ["--metric", "function", "--calibration", "none"], "the function metric needs text"),
+        (source, ["--calibration", str(text)], "the weight metric sees no text"),
         (source, ["--metric", "function", "--device", "cuda"], "function is computed on the CPU"),
         (source, ["--metric", "function", "--host-memory", "350MiB"], "host_memory"),
         (bare, ["--metric", "function"], "transformers cannot load it"),

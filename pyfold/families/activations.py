@@ -6,7 +6,7 @@ One decoder layer is in memory at a time, as transformers runs it, in fp32, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -82,9 +82,10 @@ class Activations:
                 self._attend(reader)
                 self.feed(self.mlp(self._layer, self._read(reader, "mlp.", _FED)))
             self._attend(reader)
-            norm = self._model.layers[layer].post_attention_layernorm
-            for batch in self._batches():
-                yield norm(batch)
+        for batch in self._batches():
+            with torch.inference_mode():  # not while the caller has the batch
+                normed = self._model.layers[layer].post_attention_layernorm(batch)
+            yield normed
 
     def feed(self, mlp: Mlp) -> None:
         """Let the tokens through this network in the place of the layer's own, and on to the next layer."""
@@ -116,7 +117,7 @@ class Activations:
             batch += layer.self_attn(hidden_states=normed, position_embeddings=self._rotation, attention_mask=None)[0]
         self._attended = True
 
-    def _read(self, reader: Reader, part: str, names: Iterator[str] | tuple[str, ...] | list[str]) -> dict[str, Tensor]:
+    def _read(self, reader: Reader, part: str, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of this layer, by their full names; those that the checkpoint has."""
         full = [f"{self._prefix}layers.{self._layer}.{part}{name}" for name in names]
         return {name: reader.read(self._place(name)) for name in full if name in self._tensors}
