@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,41 @@ from torch import Tensor
 
 from pyfold import evaluate
 from pyfold.errors import PyfoldError
+from pyfold.families.writing import Writer, writing_bytes
 from pyfold.io.checkpoint import Checkpoint
 
 LENGTH = 256  # tokens of a sequence: a model writes as many steps, whatever it writes
 SEQUENCES = 96
-_WAVE = 48  # sequences that are written together; what they have seen takes memory
 _FEWEST = 16  # sequences: with fewer there is nothing to hold out
 _SPAN, _DISTINCT = 8, 0.5  # tokens in a row that were not there before: in text nearly all
-_SEED = 0
 CACHE = ".pyfold-calibration.json"
+Progress = Callable[[int, int, str], None]
+
+
+class Cache:
+    """A JSON file of what takes long to find and depends on nothing but its key."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def get(self, what: str, key: dict[str, Any]) -> Any:
+        """None where there is none, or it is of another key, or the file is not one of ours."""
+        kept = self._read().get(what)
+        return kept["value"] if isinstance(kept, dict) and kept.get("key") == key else None
+
+    def put(self, what: str, key: dict[str, Any], value: Any) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._file.with_name(f"{self._file.name}.tmp")
+        kept = self._read() | {what: {"key": key, "value": value}}
+        temporary.write_text(json.dumps(kept), encoding="utf-8")
+        temporary.replace(self._file)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            kept = json.loads(self._file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return kept if isinstance(kept, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -41,7 +68,16 @@ class Calibration:
         return {"calibration": self.source, "calibration_tokens": self.tokens.numel(), "calibration_sha256": sha256}
 
 
-def calibrate(checkpoint: Checkpoint, text: str, cache: Path, stamps: dict[str, list[int]], room: int) -> Calibration:
+def calibrate(
+    checkpoint: Checkpoint,
+    text: str,
+    cache: Cache,
+    stamps: dict[str, list[int]],
+    room: int,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Calibration:
     """Tokens of the file ``text``, or, for ``self``, what the model writes, from ``cache`` if it is of the same files.
 
     ``stamps`` tells the source's files from others; ``room``: bytes that writing may take.
@@ -51,27 +87,15 @@ def calibrate(checkpoint: Checkpoint, text: str, cache: Path, stamps: dict[str, 
     PyfoldError
         If there is no tokenizer, a text is too short, or a model repeats itself, or does not fit.
     """
+    tokenizer = evaluate.load_tokenizer(checkpoint.path)
     if text != "self":
-        return Calibration(_read(Path(text), evaluate.load_tokenizer(checkpoint.path)), Path(text).name)
-    key = {"sources": stamps, "sequences": SEQUENCES, "length": LENGTH, "seed": _SEED, "torch": torch.__version__}
-    try:
-        kept = json.loads(cache.read_text(encoding="utf-8"))
-        if kept["key"] == key:
-            return Calibration(torch.tensor(kept["tokens"], dtype=torch.int64).view(SEQUENCES, LENGTH), "self")
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
-        pass  # none, or not one of ours: it is written anew
-    needs = _writing_bytes(checkpoint)
-    if needs > room:
-        raise PyfoldError(
-            f"host_memory: to write its calibration text the whole model is in memory, {needs / 2**20:.0f} MiB, and "
-            f"{room / 2**20:.0f} are left; give a text with --calibration FILE"
-        )
-    model, tokenizer = evaluate.load_model(checkpoint.path)
-    tokens = _write(model, tokenizer)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_name(f"{cache.name}.tmp")
-    temporary.write_text(json.dumps({"key": key, "tokens": tokens.tolist()}), encoding="utf-8")
-    temporary.replace(cache)
+        return Calibration(_read(Path(text), tokenizer), Path(text).name)
+    key = {"sources": stamps, "sequences": SEQUENCES, "length": LENGTH, "seed": seed, "torch": torch.__version__}
+    kept = cache.get("tokens", key)
+    if kept is not None:
+        return Calibration(torch.tensor(kept, dtype=torch.int64).view(SEQUENCES, LENGTH), "self")
+    tokens = _written(checkpoint, tokenizer, room, seed, progress)
+    cache.put("tokens", key, tokens.tolist())
     return Calibration(tokens, "self")
 
 
@@ -91,22 +115,24 @@ def _read(file: Path, tokenizer: Any) -> Tensor:
     return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(n, -1), ids[: n * body].view(n, body)], 1)
 
 
-def _write(model: Any, tokenizer: Any) -> Tensor:
-    """From the beginning token on, at temperature 1, past the ends of texts."""
-    from transformers import GenerationConfig
-
+def _written(checkpoint: Checkpoint, tokenizer: Any, room: int, seed: int, progress: Progress | None) -> Tensor:
+    """From the beginning token on, past the ends of texts. The first tokens drawn are as spread as can be."""
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if begin is None:
         raise PyfoldError("calibration: the tokenizer has no token to begin a text with; give a text with --calibration FILE")
-    # Of the model's own settings none is taken: it may be set to be sure of itself.
-    model.generation_config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=LENGTH - 1, disable_compile=True)
-    first = torch.full((_WAVE, 1), begin)
-    waves = []
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        torch.manual_seed(_SEED)
-        for _ in range(SEQUENCES // _WAVE):
-            cache = prepare_writing(model)
-            waves.append(model.generate(first, attention_mask=torch.ones_like(first), past_key_values=cache).clone())
+    resident, wave = _way(checkpoint, room)
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(SEQUENCES, LENGTH - 1, generator=generator)
+    draws[:, 0] = (draws[:, 0] + torch.randperm(SEQUENCES, generator=generator)) / SEQUENCES
+    writer = Writer(checkpoint, LENGTH, resident=resident)
+    waves: list[Tensor] = []
+    for part in draws.split(wave):
+        places = []
+        for tokens in writer.write(begin, part):
+            places.append(tokens)
+            if progress:
+                progress(len(waves) * wave * LENGTH + len(places) * len(part), SEQUENCES * LENGTH, "writing text, tokens")
+        waves.append(torch.stack(places, 1))
     tokens = torch.cat(waves)
     spans = tokens.unfold(1, _SPAN, 1).flatten(0, 1)
     distinct = len(torch.unique(spans, dim=0)) / len(spans)
@@ -118,39 +144,15 @@ def _write(model: Any, tokenizer: Any) -> Tensor:
     return tokens
 
 
-def prepare_writing(model: Any) -> Any:
-    """Have a model take a token of each sequence at a time; returns where it keeps keys and values of up to LENGTH of them.
-
-    They are written in place: a cache that grows is copied at every token.
-    """
-    from transformers import AttentionInterface
-    from transformers.cache_utils import Cache, StaticLayer
-
-    class Seen(StaticLayer):
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            keys, values = super().update(key_states, value_states, *args, **kwargs)
-            n = int(self.cumulative_length)
-            return keys[:, :, :n], values[:, :, :n]
-
-    AttentionInterface.register("pyfold_last_token", _attend_from_last_token)
-    model.set_attn_implementation("pyfold_last_token")
-    return Cache(layers=[Seen(max_cache_len=LENGTH) for _ in range(model.config.num_hidden_layers)])
-
-
-def _attend_from_last_token(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """All that is there may be seen. Heads that share keys are as many queries of one head, so that no key is copied."""
-    sequences, heads, _, size = query.shape
-    together = query.view(sequences, key.shape[1], -1, size)
-    seen = torch.nn.functional.scaled_dot_product_attention(together, key, value, scale=scaling)
-    return seen.reshape(sequences, 1, heads, size), None
-
-
-def _writing_bytes(checkpoint: Checkpoint) -> int:
-    """fp32 weights, keys and values of a wave, logits and their copies."""
-    config = checkpoint.config
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    cached = 2 * 4 * _WAVE * LENGTH * config["num_hidden_layers"] * heads * head
-    return 4 * checkpoint.n_parameters + cached + 6 * 4 * _WAVE * config["vocab_size"]
+def _way(checkpoint: Checkpoint, room: int) -> tuple[bool, int]:
+    """Whether all layers are in memory, and how many sequences are written together, in so many bytes."""
+    takes = writing_bytes(checkpoint, LENGTH)
+    for resident, held in ((True, takes.fixed + takes.layers), (False, takes.fixed + takes.layer)):
+        wave = (room - held) // takes.sequence
+        if wave >= min(_FEWEST, SEQUENCES):
+            return resident, min(wave, SEQUENCES)
+    least = takes.fixed + takes.layer + _FEWEST * takes.sequence
+    raise PyfoldError(
+        f"host_memory: writing calibration text takes at least {least / 2**20:.0f} MiB, and {room / 2**20:.0f} are left; give "
+        "a text with --calibration FILE"
+    )

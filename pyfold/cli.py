@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyfold import __version__
 from pyfold.errors import PyfoldError
@@ -65,6 +65,12 @@ def _how_to_go_on(args: argparse.Namespace) -> str:
         return ""
 
 
+def _widths(args: argparse.Namespace) -> dict[str, Any]:
+    """What says how much goes; a default ratio gives way."""
+    given = {"width": args.width, "target_params": args.target_params, "target_bytes": args.target_bytes}
+    return given | {"ratio": args.ratio if all(value is None for value in given.values()) else None}
+
+
 def _fold(args: argparse.Namespace) -> None:
     from pyfold.budget import return_memory_at_once
     from pyfold.pipeline import fold_checkpoint
@@ -75,8 +81,9 @@ def _fold(args: argparse.Namespace) -> None:
         report = fold_checkpoint(
             args.source,
             args.destination,
-            ratio=args.ratio,
-            width=args.width,
+            **_widths(args),
+            allocate=args.allocate,
+            profile=args.profile,
             layers=args.layers,
             multiple_of=args.multiple_of,
             dtype=args.dtype,
@@ -89,6 +96,7 @@ def _fold(args: argparse.Namespace) -> None:
             metric=args.metric,
             calibration=args.calibration,
             repair=args.repair,
+            seed=args.seed,
             trace=args.trace,
             ray=args.ray,
             progress=progress,
@@ -110,8 +118,7 @@ def _inspect(args: argparse.Namespace) -> None:
     plan = make_plan(
         checkpoint,
         groups,
-        ratio=None if args.width else args.ratio,
-        width=args.width,
+        **_widths(args),
         layers=args.layers,
         multiple_of=args.multiple_of,
         dtype="keep",
@@ -171,8 +178,7 @@ def _plan(args: argparse.Namespace) -> None:
 
     prepared = prepare(
         args.source,
-        ratio=None if args.width else args.ratio,
-        width=args.width,
+        **_widths(args),
         layers=args.layers,
         multiple_of=args.multiple_of,
         dtype=args.dtype,
@@ -292,6 +298,18 @@ def _parser() -> argparse.ArgumentParser:
         "metric has none",
     )
     fold.add_argument("--repair", default="ridge", help="of the function metric: ridge (default) or none")
+    fold.add_argument("--seed", type=int, default=0, metavar="N", help="of the text that the model writes (default 0)")
+    fold.add_argument(
+        "--allocate",
+        default="uniform",
+        help="uniform (default): the same share of every group; auto: what has to go goes where it does the least harm, by the "
+        "KL divergence that is measured with each group folded alone (metric function)",
+    )
+    fold.add_argument(
+        "--profile",
+        default="per-layer",
+        help="per-layer (default): widths may differ; stock: one width for all layers, which loads without custom code",
+    )
     fold.add_argument(
         "--ray",
         nargs="?",
@@ -393,6 +411,8 @@ def _width_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
         help="share of the units of each folded group to remove, 0 <= R < 1" + ("" if required else " (default 0.2)"),
     )
     width.add_argument("--width", type=int, metavar="K", help="units to keep in each folded group, instead of --ratio")
+    width.add_argument("--target-params", metavar="N", help="parameters that the result may have at most, as in 110M")
+    width.add_argument("--target-bytes", metavar="SIZE", help="bytes that its weights may take at most, as in 220MB")
     parser.add_argument("--layers", metavar="LIST", help="layers to fold, as in 5-27 or 0,2,5-9 (default: all)")
     parser.add_argument("--multiple-of", type=int, metavar="M", help="round each width to the nearest multiple of M")
 

@@ -23,7 +23,7 @@ from pyfold.clustering import Clustering, cluster
 from pyfold.families.activations import BATCH
 
 LAMBDAS = (0.03, 0.1, 0.3, 1.0, 3.0)
-_HELD_OUT = 8  # of so many sequences, one
+HELD_OUT = 8  # of so many sequences, one
 
 
 class Moments(NamedTuple):
@@ -58,7 +58,7 @@ def moments(said: Iterable[Tensor], backend: str) -> Moments:
     sums: list[Tensor | None] = [None, None]
     n = 0
     for h in said:
-        held = torch.arange(n, n + len(h)) % _HELD_OUT == _HELD_OUT - 1
+        held = torch.arange(n, n + len(h)) % HELD_OUT == HELD_OUT - 1
         n += len(h)
         for i, part in enumerate((h[~held], h[held])):
             if len(part):

@@ -10,18 +10,19 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
-from pyfold import __version__, distributed, function_metric, ops
+from pyfold import __version__, allocation, distributed, function_metric, ops
 from pyfold.budget import Budget, make_budget
-from pyfold.calibration import CACHE, LENGTH, SEQUENCES, Calibration, calibrate
+from pyfold.calibration import CACHE, LENGTH, SEQUENCES, Cache, Calibration, calibrate
 from pyfold.clustering.regime import bytes_free
 from pyfold.deliver import huggingface
 from pyfold.errors import PyfoldError
@@ -35,12 +36,15 @@ from pyfold.jobs import ByFunction, Finished, make_jobs, run_jobs
 from pyfold.plan import Plan, make_plan, parse_size
 from pyfold.report import FoldReport, GpuReport, GroupReport, peak_rss_bytes, rss_bytes
 from pyfold.streams import Gpu, open_device
+from pyfold.survey import survey
 from pyfold.trace import Trace
 
 # done, total, what: called as work proceeds, in bytes of source weights.
 Progress = Callable[[int, int, str], None]
 METRICS = ("weight", "function")
 REPAIRS = ("none", "ridge")
+ALLOCATIONS = ("uniform", "auto")
+PROFILES = ("per-layer", "stock")
 
 
 def fold_checkpoint(
@@ -49,6 +53,10 @@ def fold_checkpoint(
     *,
     ratio: float | None = None,
     width: int | None = None,
+    target_params: int | str | None = None,
+    target_bytes: int | str | None = None,
+    allocate: str = "uniform",
+    profile: str = "per-layer",
     layers: str | Iterable[int] | None = None,
     multiple_of: int | None = None,
     dtype: str = "keep",
@@ -61,6 +69,7 @@ def fold_checkpoint(
     metric: str = "weight",
     calibration: str | Path = "self",
     repair: str = "ridge",
+    seed: int = 0,
     trace: str | Path | None = None,
     ray: Literal[True] | str | None = None,
     progress: Progress | None = None,
@@ -77,6 +86,13 @@ def fold_checkpoint(
         Share of the units of each folded group to remove, in [0, 1): K = floor((1 - ratio) N).
     width : int, optional
         Instead of ``ratio``: units to keep in each folded group.
+    target_params, target_bytes : int or str, optional
+        Instead of ``ratio``: what the whole result may have at most, as in ``"110M"`` or ``"220MB"``.
+    allocate : str
+        ``uniform``: the same share of every group. ``auto``: what has to go goes where it does the least harm, as measured by
+        the KL divergence of the whole model's output with one group folded (metric function).
+    profile : str
+        ``per-layer``: layers may differ in width. ``stock``: one width for all, so that the result loads without custom code.
     layers : str or iterable of int, optional
         Layers to fold, as in ``"5-27"`` or ``"0,2,5-9"``; all by default.
     multiple_of : int, optional
@@ -105,6 +121,8 @@ def fold_checkpoint(
         ``DST.pyfold-calibration.json``), or a file of text.
     repair : str
         Of the function metric: ``ridge``, consumers are regressed on the units that stay, or ``none``.
+    seed : int
+        Of the text that the model writes itself.
     trace : str or Path, optional
         File to write a timeline of reading, computing and writing to, which Perfetto opens (Chrome's trace event format).
     ray : True or str, optional
@@ -148,6 +166,10 @@ def fold_checkpoint(
         src,
         ratio=ratio,
         width=width,
+        target_params=target_params,
+        target_bytes=target_bytes,
+        allocate=allocate,
+        profile=profile,
         layers=layers,
         multiple_of=multiple_of,
         dtype=dtype,
@@ -159,21 +181,22 @@ def fold_checkpoint(
         metric=metric,
         calibration=calibration,
         repair=repair,
+        seed=seed,
         beside=distributed.WORKER if ray else 0,
     )
-    checkpoint, family, plan, options = prepared.checkpoint, prepared.family, prepared.plan, prepared.options
-    backend, gpu, budget = prepared.computed_by, prepared.gpu, prepared.budget
-    config = huggingface.patched_config(checkpoint, family, plan, dtype)
-    license = huggingface.source_license(checkpoint)
-    sources = [checkpoint.path / "config.json", *{info.path for info in checkpoint.tensors.values()}, *checkpoint.companions()]
+    checkpoint, family = prepared.checkpoint, prepared.family
+    companions = checkpoint.companions()
+    sources = [checkpoint.path / "config.json", *{info.path for info in checkpoint.tensors.values()}, *companions]
     if trace is not None and Path(trace).exists() and Path(trace).resolve() in {file.resolve() for file in sources}:
         raise PyfoldError(f"{trace}: the trace would replace a file of the source; choose another")
     stamps = _stamps(sources)
     seen = None
     if metric == "function":
-        cache = Path(dst).absolute().with_name(Path(dst).absolute().name + CACHE)
-        seen = calibrate(checkpoint, str(calibration), cache, stamps, prepared.limit - rss_bytes())
-        options |= seen.identity
+        seen, prepared = _see(prepared, str(calibration), Path(dst).absolute(), stamps, progress)
+    plan, options = prepared.plan, prepared.options
+    backend, gpu, budget = prepared.computed_by, prepared.gpu, prepared.budget
+    config = huggingface.patched_config(checkpoint, family, plan, dtype)
+    license = huggingface.source_license(checkpoint)
     identity = {"pyfold": __version__, "options": options, "backend": backend, "sources": stamps}
     n_bytes = plan.nbytes + budget.spilled
     with (
@@ -181,7 +204,7 @@ def fold_checkpoint(
         Destination(Path(dst), sources, identity=identity, overwrite=overwrite, n_bytes=n_bytes) as stage,
     ):
         groups, source, result = _write_weights(prepared, stage, progress, timeline, ray, seen)
-        for file in checkpoint.companions():
+        for file in companions:
             shutil.copyfile(file, stage.folder / file.name)
         for module in sorted(huggingface.modules(config)):
             if module == huggingface.MODELING:
@@ -230,6 +253,9 @@ class Prepared:
     backend: str
     options: dict[str, Any]
     limit: int
+    auto: bool
+    profile: str
+    replan: Callable[[Mapping[int, int]], tuple[Plan, Budget]]
 
     @property
     def computed_by(self) -> str:
@@ -244,6 +270,10 @@ def prepare(
     *,
     ratio: float | None,
     width: int | None,
+    target_params: int | str | None = None,
+    target_bytes: int | str | None = None,
+    allocate: str = "uniform",
+    profile: str = "per-layer",
     layers: str | Iterable[int] | None,
     multiple_of: int | None,
     dtype: str,
@@ -255,15 +285,26 @@ def prepare(
     metric: str = "weight",
     calibration: str | Path = "self",
     repair: str = "ridge",
+    seed: int = 0,
     beside: int = 0,
 ) -> Prepared:
     """Read headers, settle every option. Arguments and errors as in :func:`fold_checkpoint`.
 
     ``beside``: bytes that the process that folds holds and this one does not.
     """
-    for what, given, known in (("metric", metric, METRICS), ("repair", repair, REPAIRS)):
+    for what, given, known in (
+        ("metric", metric, METRICS),
+        ("repair", repair, REPAIRS),
+        ("allocate", allocate, ALLOCATIONS),
+        ("profile", profile, PROFILES),
+    ):
         if given not in known:
             raise PyfoldError(f"{what}: expected {' or '.join(known)}, got '{given}'")
+    if allocate == "auto" and metric != "function":
+        raise PyfoldError("allocate: auto measures on text what each group is worth; it needs metric function")
+    if allocate == "auto" and width is not None:
+        raise PyfoldError("allocate: auto finds the widths; give ratio, target_params or target_bytes")
+    targets = {"target_params": target_params, "target_bytes": target_bytes}
     if metric == "weight" and str(calibration) not in ("self", "none"):
         raise PyfoldError(f"calibration: {calibration} is for metric function; the weight metric sees no text")
     if metric == "function" and str(calibration) == "none":
@@ -274,19 +315,26 @@ def prepare(
         raise PyfoldError("gpu_memory: needs device cuda, got device cpu")
     checkpoint = open_checkpoint(src)
     family = family_of(checkpoint)
-    plan = make_plan(
+    planned = partial(
+        make_plan,
         checkpoint,
         family.fold_groups(checkpoint),
         ratio=ratio,
         width=width,
+        target_params=target_params,
+        target_bytes=target_bytes,
         layers=layers,
         multiple_of=multiple_of,
         dtype=dtype,
         max_shard_size=max_shard_size,
     )
+    plan = planned()
+    if profile == "stock" and not plan.uniform:
+        raise PyfoldError("profile: stock is one width for all layers; fold all of them to one")
     options: dict[str, Any] = {
         "ratio": None if ratio is None else float(ratio),
         "width": width,
+        **{what: parse_size(given, what) for what, given in targets.items() if given is not None},
         "layers": [group.layer for group, _ in plan.groups],
         "multiple_of": multiple_of,
         "dtype": dtype,
@@ -304,18 +352,70 @@ def prepare(
     in_layers = None
     if metric == "function":
         options |= {"metric": metric, "repair": repair}
-        in_layers = {group.name: _function_bytes(checkpoint, group, k) for group, k in plan.groups}
+        if calibration == "self":
+            options |= {"seed": seed}
+        if allocate == "auto":
+            options |= {"allocate": allocate}
+        forks = len(plan.groups) if allocate == "auto" else 0
+        in_layers = {group.name: _function_bytes(checkpoint, group, group.width, forks) for group, _ in plan.groups}
     spills, gpu_room = backend.startswith("cpu"), room if gpu else None
-    budget = make_budget(checkpoint, plan, limit, held, spills=spills, gpu_memory=gpu_room, beside=in_layers)
+    budgeted = partial(make_budget, checkpoint, spills=spills, gpu_memory=gpu_room, beside=in_layers)
+    budget = budgeted(plan, limit, held)
+
+    def replan(widths: Mapping[int, int]) -> tuple[Plan, Budget]:
+        plan = planned(widths=widths)
+        return plan, budgeted(plan, limit, held)
+
     if gpu:
         options |= {"device": gpu.name, "libraries": gpu.libraries, "clustered_on_host": budget.clustered_on_host}
-    return Prepared(checkpoint, family, plan, budget, gpu, room, backend, options, limit)
+    return Prepared(checkpoint, family, plan, budget, gpu, room, backend, options, limit, allocate == "auto", profile, replan)
 
 
-def _function_bytes(checkpoint: Checkpoint, group: FoldGroup, k: int) -> int:
-    """Hidden states, a batch of them on its way through attention and that layer's weights; what the metric takes."""
+def _see(
+    prepared: Prepared, text: str, dst: Path, stamps: dict[str, list[int]], progress: Progress | None
+) -> tuple[Calibration, Prepared]:
+    """The tokens of the function metric, and the fold with what follows from them: the widths, if they are to be found."""
+    checkpoint, plan, options = prepared.checkpoint, prepared.plan, dict(prepared.options)
+    cache = Cache(dst.with_name(dst.name + CACHE))
+    room = prepared.limit - rss_bytes()
+    seen = calibrate(checkpoint, text, cache, stamps, room, seed=options.get("seed", 0), progress=progress)
+    options |= seen.identity
+    if not prepared.auto:
+        return seen, replace(prepared, options=options)
+    groups = [group for group, _ in plan.groups]
+    key = {
+        "sources": stamps,
+        "groups": [group.name for group in groups],
+        "calibration": options["calibration_sha256"],
+        "repair": options["repair"],
+        "backend": prepared.backend,
+        "torch": torch.__version__,
+    }
+    errors = cache.get("errors", key)
+    if errors is None:
+        ridge = options["repair"] == "ridge"
+        found = survey(checkpoint, groups, seen.tokens, ridge=ridge, backend=prepared.backend, progress=progress)
+        errors = [curve.tolist() for curve in found]
+        cache.put("errors", key, errors)
+    costs = [sum(checkpoint.tensors[name].n_parameters for name in group.tensors) // group.width for group in groups]
+    curves = [allocation.Curve(np.array(curve), cost) for curve, cost in zip(errors, costs, strict=True)]
+    multiple = options["multiple_of"] or 1
+    widths = best = allocation.allocate(curves, plan.room, multiple_of=multiple)
+    notes = [
+        f"widths by measured KL divergence, estimated to sum up to {allocation.total_error(curves, best):.4f} nats a token"
+    ]
+    if prepared.profile == "stock":
+        widths = [allocation.common_width(curves, plan.room, multiple_of=multiple)] * len(groups)
+        notes.append(f"one width for all, {widths[0]}: estimated {allocation.total_error(curves, widths):.4f} nats")
+    plan, budget = prepared.replan({group.layer: width for group, width in zip(groups, widths, strict=True)})
+    return seen, replace(prepared, plan=replace(plan, notes=plan.notes + notes), budget=budget, options=options)
+
+
+def _function_bytes(checkpoint: Checkpoint, group: FoldGroup, k: int, forks: int) -> int:
+    """Hidden states, also of forks, a batch of them on its way through attention and that layer's weights; what the metric
+    takes."""
     hidden = checkpoint.config["hidden_size"]
-    states = 4 * SEQUENCES * LENGTH * hidden
+    states = 4 * (SEQUENCES + forks * SEQUENCES // function_metric.HELD_OUT) * LENGTH * hidden
     attention = 4 * 4 * hidden * hidden + 8 * 4 * BATCH * hidden
     return states + attention + function_metric.nbytes(group.width, k, hidden)
 

@@ -33,6 +33,8 @@ class Plan:
         Output file -> its tensors.
     notes : list of str
         What the options changed that the user should see (rounding).
+    room : int
+        Parameters that the folded groups may keep together.
     """
 
     groups: list[tuple[FoldGroup, int]]
@@ -40,6 +42,7 @@ class Plan:
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     shards: dict[str, list[str]]
     notes: list[str]
+    room: int
 
     @property
     def uniform(self) -> bool:
@@ -59,14 +62,17 @@ def make_plan(
     checkpoint: Checkpoint,
     groups: list[FoldGroup],
     *,
-    ratio: float | None,
-    width: int | None,
+    ratio: float | None = None,
+    width: int | None = None,
+    target_params: int | str | None = None,
+    target_bytes: int | str | None = None,
+    widths: Mapping[int, int] | None = None,
     layers: str | Iterable[int] | None,
     multiple_of: int | None,
     dtype: str,
     max_shard_size: int | str,
 ) -> Plan:
-    """Options and headers -> a plan. Arguments as in :func:`pyfold.fold_checkpoint`.
+    """Options and headers -> a plan. Arguments as in :func:`pyfold.fold_checkpoint`; ``widths``: of each layer that is folded.
 
     Raises
     ------
@@ -75,23 +81,36 @@ def make_plan(
     """
     if dtype not in DTYPES:
         raise PyfoldError(f"dtype: expected one of {', '.join(DTYPES)}, got '{dtype}'")
-    if (ratio is None) == (width is None):
-        raise PyfoldError("give either ratio (the share of units to remove) or width (the units to keep)")
+    asked = [ratio, width, target_params, target_bytes]
+    if sum(one is not None for one in asked) != 1:
+        raise PyfoldError(
+            "give one of ratio (the share of units to remove), width (the units to keep), target_params, target_bytes"
+        )
     if multiple_of is not None and multiple_of < 1:
         raise PyfoldError(f"multiple_of: expected a positive number, got {multiple_of}")
     chosen = set(parse_layers(layers, len(groups)))
+    folded = [group for group in groups if group.layer in chosen]
+    room = None
+    if target_params is not None or target_bytes is not None:
+        room = _room(checkpoint, folded, target_params, target_bytes, dtype)
     notes: list[str] = []
     folds = []
-    for group in groups:
-        if group.layer in chosen:
-            exact = target_width(group, ratio, width)
-            rounded = exact if multiple_of is None else round_to_multiple(exact, multiple_of, group)
-            if rounded != exact:
-                notes.append(
-                    f"{group.name}: width {exact} rounded to {rounded}, a multiple of {multiple_of}: "
-                    f"{1 - rounded / group.width:.1%} of its units go"
-                )
-            folds.append((group, rounded))
+    for group in folded:
+        if widths is not None:
+            exact = rounded = widths[group.layer]
+        else:
+            share = None if room is None else Fraction(room, sum(_parameters(checkpoint, group) for group in folded))
+            exact = rounded = target_width(group, ratio, width, share)
+            if multiple_of is not None:
+                rounded = round_to_multiple(exact, multiple_of, group)
+        if rounded != exact:
+            notes.append(
+                f"{group.name}: width {exact} rounded to {rounded}, a multiple of {multiple_of}: "
+                f"{1 - rounded / group.width:.1%} of its units go"
+            )
+        folds.append((group, rounded))
+    if room is None:
+        room = sum(_parameters(checkpoint, group) // group.width * k for group, k in folds)
     targets = {name: (group, k) for group, k in folds for name in group.tensors}
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, info in checkpoint.tensors.items():
@@ -102,12 +121,14 @@ def make_plan(
             shape = group.shape_at(k, name, shape)
         tensors[name] = (str(to), shape)
     widths = {group.layer: group.width for group in groups} | {group.layer: k for group, k in folds}
-    return Plan(folds, widths, tensors, split_shards(tensors, parse_size(max_shard_size)), notes)
+    return Plan(folds, widths, tensors, split_shards(tensors, parse_size(max_shard_size)), notes, room)
 
 
-def target_width(group: FoldGroup, ratio: float | None, width: int | None) -> int:
-    """K = floor((1 - ratio) N) exactly (0.1 means 1/10), or the width asked for."""
+def target_width(group: FoldGroup, ratio: float | None, width: int | None, share: Fraction | None = None) -> int:
+    """K = floor((1 - ratio) N) exactly (0.1 means 1/10), or floor(share N), or the width asked for."""
     n = group.width
+    if share is not None:
+        return max(1, min(n, floor(share * n)))
     if ratio is None:
         assert width is not None
         if not 1 <= width <= n:
@@ -127,6 +148,34 @@ def round_to_multiple(k: int, multiple: int, group: FoldGroup) -> int:
     if largest == 0:
         raise PyfoldError(f"multiple_of: {multiple} is more than the {group.width} units of {group.name}")
     return min(max((k + multiple // 2) // multiple * multiple, multiple), largest)
+
+
+def _parameters(checkpoint: Checkpoint, group: FoldGroup) -> int:
+    return sum(checkpoint.tensors[name].n_parameters for name in group.tensors)
+
+
+def _room(
+    checkpoint: Checkpoint, groups: list[FoldGroup], target_params: int | str | None, target_bytes: int | str | None, dtype: str
+) -> int:
+    """Parameters that are left for the groups within a target for the whole result; at least a unit for each."""
+    names = {name for group in groups for name in group.tensors}
+    to = DTYPES[dtype]
+    sizes = {name: ITEM_SIZE[to if to and info.dtype in _FLOATS else info.dtype] for name, info in checkpoint.tensors.items()}
+    if target_params is not None:
+        what, unit, target = "target_params", "parameters", parse_size(target_params, "target_params")
+        sizes = dict.fromkeys(sizes, 1)
+    else:
+        assert target_bytes is not None
+        what, unit, target = "target_bytes", "bytes", parse_size(target_bytes, "target_bytes")
+    size = max(sizes[name] for name in names)
+    others = sum(sizes[name] * info.n_parameters for name, info in checkpoint.tensors.items() if name not in names)
+    room = (target - others) // size
+    least = sum(_parameters(checkpoint, group) // group.width for group in groups)
+    if room < least:
+        raise PyfoldError(
+            f"{what}: {target:,} {unit} are fewer than {others + least * size:,}, what is left with one unit in each group"
+        )
+    return room
 
 
 def parse_layers(layers: str | Iterable[int] | None, n_layers: int) -> list[int]:
