@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pyfold.budget import PANEL
 from pyfold.io.safetensors import ITEM_SIZE, Reader, TensorInfo, read_header
+from pyfold.memory import Pool
 
 BUFFER = 1 << 24  # bytes of the plain readv's
 
@@ -47,20 +48,27 @@ def readv(files: list[Path], limit: int) -> Iterator[Tensor]:
 
 
 def pyfold_read(files: list[Path], limit: int) -> Iterator[Tensor]:
-    with Reader() as reader:
+    with Pool(limit) as pool, Reader(pool) as reader:
         for info in _tensors(files):
-            yield reader.read(info)
+            tensor = _whole(reader, info)
+            yield tensor
+            pool.give_back(tensor)
 
 
 def pyfold_ahead(files: list[Path], limit: int) -> Iterator[Tensor]:
-    with Reader() as reader, ThreadPoolExecutor(1) as thread:
+    with Pool(2 * limit) as pool, Reader(pool) as reader, ThreadPoolExecutor(1) as thread:
         following = None
-        for info in _tensors(files):
-            ready, following = following, thread.submit(reader.read, info)
+        for info in [*_tensors(files), None]:
+            ready, following = following, info and thread.submit(_whole, reader, info)
             if ready:
-                yield ready.result()
-        if following:
-            yield following.result()
+                tensor = ready.result()
+                yield tensor
+                pool.give_back(tensor)
+
+
+def _whole(reader: Reader, info: TensorInfo) -> Tensor:
+    width = info.shape[-1]
+    return reader.block(info, range(info.n_parameters // width), range(width), width)
 
 
 def pyfold_chunks(files: list[Path], limit: int) -> Iterator[Tensor]:
@@ -168,7 +176,7 @@ def _panels(files: list[Path]) -> Iterator[tuple[TensorInfo, int, int]]:
 ROOF = "readv"
 TENSORS = {
     ROOF: Contender("os", "into one buffer of 16 MiB, not touched", readv),
-    "pyfold": Contender("pyfold", "Reader.read, each tensor into memory of its own", pyfold_read),
+    "pyfold": Contender("pyfold", "Reader.block, each tensor into memory that is used again, as folding does", pyfold_read),
     "pyfold, ahead": Contender("pyfold", "the same, the next tensor in a thread", pyfold_ahead),
     "pyfold, pieces": Contender("pyfold", "Reader.chunks, pieces of 16 MiB in one buffer", pyfold_chunks),
     "safetensors": Contender("safetensors", "safe_open, get_tensor: mapped, no limit", safe_open),

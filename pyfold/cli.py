@@ -253,7 +253,10 @@ def _progress_bar(args: argparse.Namespace, unit: str) -> Iterator[Progress | No
     with tqdm(unit=unit, unit_scale=True, ncols=columns or 80, nrows=lines or 24, leave=False) as bar:
 
         def show(done: int, total: int, what: str) -> None:
-            bar.total = total
+            what, _, of = what.partition(", ")
+            if what != bar.desc.removesuffix(": ") and total != bar.total:  # another kind of work
+                bar.reset(total)
+            bar.total, bar.unit = total, f" {of}" if of else unit
             bar.set_description(what, refresh=False)
             bar.update(done - bar.n)
             bar.refresh()

@@ -54,7 +54,7 @@ def nbytes(n: int, k: int, hidden: int) -> int:
 
 
 def moments(said: Iterable[Tensor], backend: str) -> Moments:
-    """Of what N units say: batches (sequences, length, N), fp32."""
+    """Of what N units say: batches (sequences, length, N), fp32 or bf16."""
     sums: list[Tensor | None] = [None, None]
     n = 0
     for h in said:
@@ -71,10 +71,18 @@ def moments(said: Iterable[Tensor], backend: str) -> Moments:
     return Moments(fitted, held_out)
 
 
-def fold_units(consumer: Tensor, seen: Moments, n_clusters: int, *, ridge: bool, backend: str) -> Folded:
-    """Fold the N units of a consumer (H, N), fp32, into K. Raises ValueError where C says nothing."""
+def fold_units(
+    consumer: Tensor, seen: Moments, n_clusters: int, *, ridge: bool, backend: str, information: Tensor | None = None
+) -> Folded:
+    """Fold the N units of a consumer (H, N), fp32, into K. ``information``: of the loss about each unit, (N,), in any unit.
+
+    Raises ValueError where C says nothing.
+    """
     c = seen.fitted + seen.held_out
     gram = ops.gram(consumer, transposed=True, backend=backend).mul_(c)
+    if information is not None:
+        gain = _gains(gram.diagonal(), information)
+        gram.mul_(gain).mul_(gain[:, None])
     energy = gram.diagonal().clone()
     scale = float(energy.max())
     if not 0 < scale < float("inf"):
@@ -88,11 +96,24 @@ def fold_units(consumer: Tensor, seen: Moments, n_clusters: int, *, ridge: bool,
     folded = ops.merge_columns(consumer, clusters.labels, n_clusters, scale=share, backend=backend)
     if not ridge or n_clusters == len(c):
         return Folded(clusters, kept, folded, None, _lost(consumer, kept, folded, seen.held_out))
+    return Folded(clusters, kept, *compensate(consumer, seen, kept, folded))
+
+
+def compensate(consumer: Tensor, seen: Moments, kept: Tensor, folded: Tensor) -> tuple[Tensor, float, float]:
+    """Columns (H, K) for the units kept by ridge regression toward ``folded``, the λ that does best on tokens held out, and the
+    share of the output's energy that is lost on them."""
     tried = _regressed(consumer, seen.fitted, kept, folded, LAMBDAS)
     errors = {lam: _lost(consumer, kept, fit, seen.held_out) for lam, fit in tried}
     best = min(errors, key=lambda lam: errors[lam])
-    [(_, fit)] = _regressed(consumer, c, kept, folded, (best,))
-    return Folded(clusters, kept, fit, best, errors[best])
+    [(_, fit)] = _regressed(consumer, seen.fitted + seen.held_out, kept, folded, (best,))
+    return fit, best, errors[best]
+
+
+def _gains(energy: Tensor, information: Tensor) -> Tensor:
+    """By which units are to be scaled so that their energies become ``energy / mean + information / mean``, half of each."""
+    shares = [values / values.mean().clamp(min=torch.finfo(values.dtype).tiny) for values in (energy, information)]
+    both = shares[0] + shares[1]
+    return (both / energy.clamp(min=torch.finfo(energy.dtype).tiny)).sqrt().nan_to_num(0, 0, 0)
 
 
 def _strongest(energy: Tensor, labels: Tensor, n_clusters: int) -> Tensor:

@@ -41,9 +41,11 @@ Advance = Callable[[int, str], None]
 
 
 class ByFunction(NamedTuple):
-    """The function metric: how tokens see the groups, and whether consumers make up for what is lost by ridge regression."""
+    """The function metric: how tokens see the groups, what the loss knows of each layer's units, and whether consumers make up
+    for what is lost by ridge regression."""
 
     activations: Activations
+    information: list[Tensor]
     ridge: bool
 
 
@@ -339,21 +341,29 @@ class _FunctionFold:
     function: ByFunction
 
     def run(self) -> GroupReport:
-        group, stages, (activations, ridge) = self.group, self.stages, self.function
+        group, stages, (activations, information, ridge) = self.group, self.stages, self.function
         weights: dict[str, Tensor] = {}
         reads: dict[str, Read] = {}
         for read, values in stages.take(gram_reads(group, self.job.tensors, self.cut, 0)):
             reads[read.info.name], weights[read.info.name] = read, values.view(read.info.shape)
             stages.advance(read.nbytes, group.name)
+        [consumer] = (weights[name].float() for name in group.consumers)
         mlp = activations.mlp(group.layer, weights)
         with stages.trace("activations", group=group.name):
             seen = moments((mlp.units(x) for x in activations.inputs(group.layer)), stages.backend)
         with stages.trace("fold", group=group.name):
             try:
-                folded = fold_units(mlp.down, seen, self.job.n_clusters, ridge=ridge, backend=stages.backend)
+                folded = fold_units(
+                    consumer,
+                    seen,
+                    self.job.n_clusters,
+                    ridge=ridge,
+                    backend=stages.backend,
+                    information=information[group.layer],
+                )
             except ValueError as error:
                 raise PyfoldError(f"{self.job.tensors[0].path}: {group.name} cannot be folded: {error}") from None
-        del seen, mlp
+        del seen, mlp, consumer
         for name, values in weights.items():
             made = (folded.consumer if name in group.consumers else values[folded.kept]).to(stages.dtype(name))
             stages.pool.give_back(values)

@@ -15,10 +15,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pyfold import __version__, allocation, distributed, function_metric, ops
 from pyfold.budget import Budget, make_budget
@@ -27,7 +28,7 @@ from pyfold.clustering.regime import bytes_free
 from pyfold.deliver import huggingface
 from pyfold.errors import PyfoldError
 from pyfold.families import Family, FoldGroup, family_of
-from pyfold.families.activations import BATCH, Activations, decoder
+from pyfold.families.activations import BATCH, Activations, decoder, information
 from pyfold.io.checkpoint import INDEX, Checkpoint, open_checkpoint
 from pyfold.io.destination import Destination
 from pyfold.io.output import Output
@@ -45,6 +46,7 @@ METRICS = ("weight", "function")
 REPAIRS = ("none", "ridge")
 ALLOCATIONS = ("uniform", "auto")
 PROFILES = ("per-layer", "stock")
+INFORMING, SURVEYING = 64, 64  # sequences of the text that are enough for the information, and for the widths
 
 
 def fold_checkpoint(
@@ -371,30 +373,55 @@ def prepare(
     return Prepared(checkpoint, family, plan, budget, gpu, room, backend, options, limit, allocate == "auto", profile, replan)
 
 
+class Seen(NamedTuple):
+    """What the function metric folds by: text, and the information of the loss on it about each layer's units."""
+
+    text: Calibration
+    information: list[Tensor]
+
+
 def _see(
     prepared: Prepared, text: str, dst: Path, stamps: dict[str, list[int]], progress: Progress | None
-) -> tuple[Calibration, Prepared]:
-    """The tokens of the function metric, and the fold with what follows from them: the widths, if they are to be found."""
-    checkpoint, plan, options = prepared.checkpoint, prepared.plan, dict(prepared.options)
+) -> tuple[Seen, Prepared]:
+    """What the function metric needs, and the fold with what follows from it: the widths, if they are to be found."""
+    checkpoint, options = prepared.checkpoint, dict(prepared.options)
     cache = Cache(dst.with_name(dst.name + CACHE))
     room = prepared.limit - rss_bytes()
-    seen = calibrate(checkpoint, text, cache, stamps, room, seed=options.get("seed", 0), progress=progress)
-    options |= seen.identity
-    if not prepared.auto:
-        return seen, replace(prepared, options=options)
-    groups = [group for group, _ in plan.groups]
+    calibration = calibrate(checkpoint, text, cache, stamps, room, seed=options.get("seed", 0), progress=progress)
+    options |= calibration.identity
     key = {
         "sources": stamps,
-        "groups": [group.name for group in groups],
         "calibration": options["calibration_sha256"],
-        "repair": options["repair"],
         "backend": prepared.backend,
         "torch": torch.__version__,
     }
+    known = cache.get("information", key)
+    if known is None:
+        tokens = calibration.tokens[:INFORMING]
+        found = information(checkpoint, tokens, ops.product_dtype(prepared.backend), progress)
+        known = [values.tolist() for values in found]
+        cache.put("information", key, known)
+    seen = Seen(calibration, [torch.tensor(values) for values in known])
+    prepared = replace(prepared, options=options)
+    return seen, _allocated(prepared, seen, cache, key, progress) if prepared.auto else prepared
+
+
+def _allocated(prepared: Prepared, seen: Seen, cache: Cache, key: dict[str, Any], progress: Progress | None) -> Prepared:
+    """With the widths that cost the whole model least."""
+    checkpoint, plan, options = prepared.checkpoint, prepared.plan, prepared.options
+    groups = [group for group, _ in plan.groups]
+    key = key | {"groups": [group.name for group in groups], "repair": options["repair"], "disturbed": options["disturbed"]}
     errors = cache.get("errors", key)
     if errors is None:
-        ridge = options["repair"] == "ridge"
-        found = survey(checkpoint, groups, seen.tokens, ridge=ridge, backend=prepared.backend, progress=progress)
+        found = survey(
+            checkpoint,
+            groups,
+            seen.text.disturbed[:SURVEYING],
+            information=seen.information,
+            ridge=options["repair"] == "ridge",
+            backend=prepared.backend,
+            progress=progress,
+        )
         errors = [curve.tolist() for curve in found]
         cache.put("errors", key, errors)
     costs = [sum(checkpoint.tensors[name].n_parameters for name in group.tensors) // group.width for group in groups]
@@ -408,7 +435,7 @@ def _see(
         widths = [allocation.common_width(curves, plan.room, multiple_of=multiple)] * len(groups)
         notes.append(f"one width for all, {widths[0]}: estimated {allocation.total_error(curves, widths):.4f} nats")
     plan, budget = prepared.replan({group.layer: width for group, width in zip(groups, widths, strict=True)})
-    return seen, replace(prepared, plan=replace(plan, notes=plan.notes + notes), budget=budget, options=options)
+    return replace(prepared, plan=replace(plan, notes=plan.notes + notes), budget=budget)
 
 
 def _function_bytes(checkpoint: Checkpoint, group: FoldGroup, k: int, forks: int) -> int:
@@ -426,7 +453,7 @@ def _write_weights(
     progress: Progress | None,
     trace: Trace,
     ray: Literal[True] | str | None,
-    seen: Calibration | None,
+    seen: Seen | None,
 ) -> tuple[list[GroupReport], dict[str, str], dict[str, str]]:
     """Do every job that no earlier run has done. Returns the groups' reports, the hashes of what was read and written."""
     checkpoint, plan = prepared.checkpoint, prepared.plan
@@ -470,13 +497,15 @@ def _write_weights(
     return [reports[group.name] for group, _ in plan.groups], source, result
 
 
-def _by_function(prepared: Prepared, output: Output, seen: Calibration, finished: frozenset[str]) -> ByFunction:
+def _by_function(prepared: Prepared, output: Output, seen: Seen, finished: frozenset[str]) -> ByFunction:
     """Tensors ``finished`` by a run that was stopped are seen as they were folded."""
 
     def place(name: str) -> TensorInfo:
         return output.place(name) if name in finished else prepared.checkpoint.tensors[name]
 
-    return ByFunction(Activations(prepared.checkpoint, seen.tokens, place), prepared.options["repair"] == "ridge")
+    dtype = ops.product_dtype(prepared.backend)
+    activations = Activations(prepared.checkpoint, seen.text.disturbed, place, dtype)
+    return ByFunction(activations, seen.information, prepared.options["repair"] == "ridge")
 
 
 def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:

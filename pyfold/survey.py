@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pyfold import ops
 from pyfold.families import FoldGroup
-from pyfold.families.activations import Activations, Mlp
+from pyfold.families.activations import Activations
 from pyfold.function_metric import HELD_OUT, fold_units, moments
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.safetensors import Reader
@@ -28,12 +29,13 @@ def survey(
     groups: Sequence[FoldGroup],
     tokens: Tensor,
     *,
+    information: Sequence[Tensor],
     ridge: bool,
     backend: str,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[NDArray[np.float64]]:
-    """Of each group, in layer order, its error with 1..N units, in nats per token."""
-    activations = Activations(checkpoint, tokens, checkpoint.tensors.__getitem__)
+    """Of each group, in layer order, its error with 1..N units, in nats per token. ``information``: of each layer's units."""
+    activations = Activations(checkpoint, tokens, checkpoint.tensors.__getitem__, ops.product_dtype(backend))
     probes = slice(HELD_OUT - 1, None, HELD_OUT)
     curves = []
     with Reader() as reader:
@@ -41,11 +43,12 @@ def survey(
             if progress:
                 progress(i, len(groups), f"surveying {group.name}")
             weights = {name: reader.read(checkpoint.tensors[name]) for name in group.tensors}
+            [consumer] = (weights[name].float() for name in group.consumers)
             mlp = activations.mlp(group.layer, weights)
             seen = moments((mlp.units(x) for x in activations.inputs(group.layer)), backend)
             k = max(1, int(MEASURED * group.width))
-            curve = lost_at_every_width(mlp.down, seen.fitted + seen.held_out)
-            folded = fold_units(mlp.down, seen, k, ridge=ridge, backend=backend)
+            curve = lost_at_every_width(consumer, seen.fitted + seen.held_out)
+            folded = fold_units(consumer, seen, k, ridge=ridge, backend=backend, information=information[group.layer])
             activations.fork(probes, mlp.kept(folded.kept, folded.consumer))
             activations.feed(mlp)
             curves.append(curve / curve[k - 1] if curve[k - 1] > 0 else curve)

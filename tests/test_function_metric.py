@@ -18,10 +18,12 @@ from transformers import PreTrainedTokenizerFast
 from pyfold import cli, fold_checkpoint, function_metric, jobs
 from pyfold.calibration import CACHE
 from pyfold.errors import PyfoldError
-from pyfold.families.activations import Activations
+from pyfold.families import family_of
+from pyfold.families.activations import Activations, information
 from pyfold.families.writing import Writer
 from pyfold.function_metric import Moments, fold_units, moments
 from pyfold.io.checkpoint import open_checkpoint
+from pyfold.survey import lost_at_every_width, survey
 
 BACKEND = "auto"
 
@@ -110,6 +112,56 @@ def test_activations_are_those_of_the_model(family: str, tmp_path: Path) -> None
     torch.testing.assert_close(torch.cat(list(activations.inputs(2))), read[2], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_information_is_that_of_the_gradients(family: str, tmp_path: Path) -> None:
+    """Against one backward pass through the whole model."""
+    folder = tiny_checkpoint(tmp_path / "src", family)
+    tokens = torch.randint(0, 64, (5, 20), generator=torch.Generator().manual_seed(0))
+    found = information(open_checkpoint(folder), tokens, torch.float32)
+    model, said = load(folder), {}
+
+    def note(layer: int, given: tuple[torch.Tensor]) -> None:
+        said[layer] = given[0]
+        given[0].retain_grad()
+
+    for layer, module in enumerate(model.model.layers):
+        module.mlp.down_proj.register_forward_pre_hook(lambda _, given, layer=layer: note(layer, given))
+    embedded = model.model.embed_tokens(tokens).detach().requires_grad_()
+    expected = model(inputs_embeds=embedded).logits[:, :-1].flatten(0, 1)
+    torch.nn.functional.cross_entropy(expected, tokens[:, 1:].flatten(), reduction="sum").backward()
+    assert len(found) == len(said)
+    for layer, h in said.items():
+        torch.testing.assert_close(found[layer], (h * h.grad).flatten(0, 1).square().sum(0), rtol=1e-4, atol=1e-6)
+
+
+def test_units_of_which_the_loss_knows_stay() -> None:
+    """Of units that are alike in energy those stay whose going the loss would notice; it sees none that says nothing."""
+    h, consumer = said(rank=24)
+    h, consumer = h / h.square().mean((0, 1)).sqrt(), torch.nn.functional.normalize(consumer, dim=0)
+    information = torch.arange(24) % 2 * 100.0
+    seen = moments([h], BACKEND)
+    folded = fold_units(consumer, seen, 12, ridge=False, backend=BACKEND, information=information)
+    assert (folded.kept % 2 == 1).float().mean() > 0.8
+    assert set(folded.kept.tolist()) != set(fold_units(consumer, seen, 12, ridge=False, backend=BACKEND).kept.tolist())
+    silent = moments([h * (torch.arange(24) > 0)], BACKEND)
+    folded = fold_units(consumer, silent, 12, ridge=True, backend=BACKEND, information=information)
+    assert bool(folded.consumer.isfinite().all())
+
+
+def test_losses_at_every_width_are_those_of_regression() -> None:
+    """Against the regression on the first K units, one K at a time, in fp64."""
+    h, consumer = said()
+    c = sum(moments([h], BACKEND))
+    lost = lost_at_every_width(consumer, c)
+    shrunk = (c + torch.diag(c.diagonal())).double()
+    order = (c.diagonal() * consumer.square().sum(0)).argsort(descending=True)
+    for k in range(1, 25):
+        kept, gone = order[:k], order[k:]
+        left = shrunk[gone][:, gone] - shrunk[gone][:, kept] @ torch.linalg.solve(shrunk[kept][:, kept], shrunk[kept][:, gone])
+        expected = torch.trace(consumer[:, gone].double() @ left @ consumer[:, gone].double().T)
+        assert lost[k - 1] == pytest.approx(float(expected), rel=1e-4, abs=1e-3)
+
+
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_text_is_written_by_the_model_as_it_is(family: str, resident: bool, tmp_path: Path) -> None:
@@ -180,9 +232,9 @@ def test_the_model_writes_its_own_text_and_it_is_kept(source: Path, tmp_path: Pa
     first = run(source, tmp_path / "dst", ratio=0.25)
     cache = tmp_path / f"dst{CACHE}"
     tokens = torch.tensor(json.loads(cache.read_text())["tokens"]["value"])
-    assert tokens.shape == (96, 256)
+    assert tokens.shape == (192, 256)
     assert bool((tokens[:, 0] == 1).all())
-    assert len(tokens.unique(dim=0)) == 96
+    assert len(tokens.unique(dim=0)) == 192
     stamp = cache.stat().st_mtime_ns
     assert run(source, tmp_path / "dst", ratio=0.25, overwrite=True) == first
     assert cache.stat().st_mtime_ns == stamp, "read, not written again"
@@ -190,6 +242,59 @@ def test_the_model_writes_its_own_text_and_it_is_kept(source: Path, tmp_path: Pa
     assert record["method"]["metric"] == "function"
     assert record["options"]["calibration"] == "self"
     assert all(0 <= group["output_error"] < 1 and group["ridge"] for group in record["groups"])
+
+
+def test_a_survey_measures_what_a_fold_of_one_group_does(source: Path) -> None:
+    """The divergence of the whole model, through transformers, from what it says with that group alone folded."""
+    checkpoint = open_checkpoint(source)
+    tokens = torch.randint(3, 64, (32, 20), generator=torch.Generator().manual_seed(0))
+    groups = family_of(checkpoint).fold_groups(checkpoint)
+    seen = [torch.ones(group.width) for group in groups]
+    found = survey(checkpoint, groups, tokens, information=seen, ridge=True, backend="cpu:avx2")
+    probes = tokens[7::8]
+    dense = logits(load(source), probes).log_softmax(-1)
+    for group, curve in zip(groups, found, strict=True):
+        k = int(0.75 * group.width)
+        model = load(source)
+        mlp = model.model.layers[group.layer].mlp
+        activations = Activations(checkpoint, tokens, checkpoint.tensors.__getitem__)
+        own = activations.mlp(group.layer, model.state_dict())
+        c = moments([own.units(x) for x in activations.inputs(group.layer)], "cpu:avx2")
+        folded = fold_units(own.down, c, k, ridge=True, backend="cpu:avx2", information=seen[0])
+        for name in ("gate_proj", "up_proj"):
+            part = getattr(mlp, name)
+            part.weight = torch.nn.Parameter(part.weight[folded.kept])
+            if part.bias is not None:
+                part.bias = torch.nn.Parameter(part.bias[folded.kept])
+        mlp.down_proj.weight = torch.nn.Parameter(folded.consumer)
+        said = logits(model, probes).log_softmax(-1)
+        nats = float((dense.exp() * (dense - said)).sum(-1).mean())
+        assert curve[k - 1] == pytest.approx(nats, rel=1e-3)
+        assert len(curve) == group.width
+        assert (curve[:-1] >= curve[1:]).all()
+        assert curve[-1] == 0
+
+
+@pytest.mark.parametrize("what", ["ratio", "target_params", "target_bytes"])
+def test_widths_are_found_within_the_budget(source: Path, text: Path, tmp_path: Path, what: str) -> None:
+    target = int(0.85 * open_checkpoint(source).n_parameters)
+    given = {"ratio": 0.3, "target_params": target, "target_bytes": 4 * target}[what]
+    options: dict[str, Any] = {what: given, "calibration": text, "metric": "function"}
+    found = fold_checkpoint(source, tmp_path / "auto", allocate="auto", **options)
+    even = fold_checkpoint(source, tmp_path / "even", **options)
+    stock = fold_checkpoint(source, tmp_path / "stock", allocate="auto", profile="stock", **options)
+    a_unit = (found.parameters_before - even.parameters_after) // sum(g.width - g.folded_width for g in even.groups)
+    limit = even.parameters_after if what == "ratio" else target
+    for report in (found, even, stock):
+        assert report.parameters_after <= limit
+        assert limit - report.parameters_after < len(report.groups) * a_unit
+    assert found.profile == "per-layer"
+    assert stock.profile == "stock"
+    assert len({group.folded_width for group in stock.groups}) == 1
+    nats = [float(re.search(r"([0-9.]+) nats", note)[1]) for note in stock.notes]
+    assert nats[0] <= nats[1], "one width costs more"
+    model = load(tmp_path / "auto", trust_remote_code=True)
+    assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == [g.folded_width for g in found.groups]
 
 
 def test_it_goes_on_where_it_was_stopped(source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +344,9 @@ def test_what_cannot_be_done_is_said(source: Path, text: Path, tmp_path: Path, c
         (source, ["--metric", "function", "--device", "cuda"], "function is computed on the CPU"),
         (source, ["--metric", "function", "--host-memory", "350MiB"], "host_memory"),
         (bare, ["--metric", "function"], "transformers cannot load it"),
+        (source, ["--allocate", "auto"], "it needs metric function"),
+        (source, ["--allocate", "best"], "expected uniform or auto, got 'best'"),
+        (source, ["--profile", "stock", "--layers", "1"], "stock is one width for all layers"),
     ):
         assert cli.main(["fold", str(of), str(dst), "--ratio", "0.25", *options]) == 2
         error = capsys.readouterr().err

@@ -1,7 +1,7 @@
-"""Hidden states of calibration tokens at one place of a decoder, brought forward layer by layer as layers are folded.
+"""Hidden states of calibration tokens on their way through a decoder as its layers are folded, and the way back of gradients.
 
-One decoder layer is in memory at a time, as transformers runs it, in fp32, and of the tokens no more than their hidden states:
-4 x tokens x hidden bytes.
+One decoder layer is in memory at a time, as transformers runs it, and of the tokens no more than their hidden states, in fp32:
+4 x tokens x hidden bytes. Matrix products may be computed in bf16.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, linear
+from torch.nn import Module, Parameter
+from torch.nn.functional import cross_entropy, kl_div, linear
 
 from pyfold.errors import PyfoldError
 from pyfold.io.checkpoint import Checkpoint
@@ -20,12 +21,13 @@ from pyfold.io.safetensors import Reader, TensorInfo
 BATCH = 1 << 12  # tokens that go through a layer together
 _LOGITS = 1 << 8  # tokens whose logits are in memory together
 _HEAD, _EMBEDDING, _NORM = "lm_head.weight", "embed_tokens.weight", "norm.weight"
+_ATTENTION = "self_attn."
 _FED = ("gate_proj.weight", "up_proj.weight", "down_proj.weight", "gate_proj.bias", "up_proj.bias")
 _OWN = ("auto_map", "architectures", "per_layer_config", "torch_dtype", "dtype")  # of config.json, not of the decoder itself
 
 
 class Mlp(NamedTuple):
-    """A gated feed-forward network of N units: ``down(act(gate(x)) * up(x))``."""
+    """A gated feed-forward network of N units: ``down(act(gate(x)) * up(x))``, products in the dtype of the weights."""
 
     gate: Tensor
     up: Tensor
@@ -35,13 +37,18 @@ class Mlp(NamedTuple):
     act: Callable[[Tensor], Tensor]
 
     def units(self, x: Tensor) -> Tensor:
-        """(tokens, hidden) -> (tokens, N)."""
-        return self.act(linear(x, self.gate, self.gate_bias)).mul_(linear(x, self.up, self.up_bias))
+        """(..., hidden) -> (..., N), in the dtype of the weights."""
+        x = x.to(self.gate.dtype)
+        return self.act(linear(x, self.gate, self.gate_bias)) * linear(x, self.up, self.up_bias)
+
+    def output(self, x: Tensor) -> Tensor:
+        """(..., hidden) -> (..., hidden), fp32."""
+        return linear(self.units(x), self.down).float()
 
     def kept(self, units: Tensor, down: Tensor) -> Mlp:
         """The network of some of its units, and another consumer."""
         gate_bias, up_bias = (None if bias is None else bias[units] for bias in (self.gate_bias, self.up_bias))
-        return Mlp(self.gate[units], self.up[units], down, gate_bias, up_bias, self.act)
+        return Mlp(self.gate[units], self.up[units], down.to(self.down.dtype), gate_bias, up_bias, self.act)
 
 
 def decoder(checkpoint: Checkpoint, attention: str = "sdpa") -> Any:
@@ -53,53 +60,134 @@ def decoder(checkpoint: Checkpoint, attention: str = "sdpa") -> Any:
         return AutoModel.from_config(AutoConfig.for_model(**options, attn_implementation=attention)).eval()
 
 
-class Activations:
-    """Of tokens on their way through a decoder, at first before layer 0.
+def put(module: Module, name: str, value: Tensor) -> None:
+    """A parameter by its path, of any shape: widths may differ from layer to layer."""
+    path, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(path), leaf, Parameter(value, requires_grad=False))
+
+
+class Layers:
+    """Of a decoder, read as they are needed.
 
     Parameters
     ----------
     checkpoint : Checkpoint
-    tokens : Tensor, (sequences, length), int64
+    length : int
+        Tokens of a sequence.
     place : callable
-        Where a tensor of a layer that is only passed by is to be read.
+        Where a tensor of a layer is to be read.
+    dtype : torch.dtype
+        Of matrix products.
     """
 
-    def __init__(self, checkpoint: Checkpoint, tokens: Tensor, place: Callable[[str], TensorInfo]) -> None:
+    def __init__(self, checkpoint: Checkpoint, length: int, place: Callable[[str], TensorInfo], dtype: torch.dtype) -> None:
         self._model = decoder(checkpoint)
-        config, length = self._model.config, tokens.shape[1]
-        window = getattr(config, "sliding_window", None)
+        window = getattr(self._model.config, "sliding_window", None)
         if window is not None and window < length:
             raise PyfoldError(
                 f"{checkpoint.path / 'config.json'}: a sliding_window of {window} is less than the {length} tokens of a "
                 "calibration sequence; fold by weights alone (metric weight)"
             )
-        self._place = place
-        self._tensors = checkpoint.tensors
+        self._tensors, self._place, self._dtype = checkpoint.tensors, place, dtype
         self._prefix = "model." if any(name.startswith("model.") for name in checkpoint.tensors) else ""
+        rotary = type(self._model.rotary_emb)(config=self._model.config)
+        self._rotation = [part.to(dtype) for part in rotary(torch.empty(1), torch.arange(length)[None])]
+        self._reader = Reader()
+
+    def __len__(self) -> int:
+        return len(self._model.layers)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._reader.close()
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """(sequences, length, hidden), fp32: the rows of the embedding that tokens name."""
+        embedding = self._tensors[self._prefix + _EMBEDDING]
+        width = embedding.shape[1]
+        distinct, inverse = torch.unique(tokens, return_inverse=True)
+        rows = [self._reader.block(embedding, range(row, row + 1), range(width), width) for row in distinct.tolist()]
+        return torch.cat(rows).float()[inverse]
+
+    def load(self, i: int) -> None:
+        """Have the attention and the norms of a layer in memory."""
+        layer = self._model.layers[i]
+        names = [name for name, _ in layer.named_parameters() if not name.startswith("mlp.")]
+        for name, values in self._read(i, "", names).items():
+            part = name.removeprefix(f"{self._prefix}layers.{i}.")
+            put(layer, part, values.to(self._dtype) if part.startswith(_ATTENTION) else values.float())
+
+    def drop(self, i: int) -> None:
+        self._model.layers[i].to("meta")
+
+    def attended(self, i: int, states: Tensor) -> Tensor:
+        """What attention adds to hidden states."""
+        layer = self._model.layers[i]
+        normed = layer.input_layernorm(states).to(self._dtype)
+        added: Tensor = layer.self_attn(hidden_states=normed, position_embeddings=self._rotation, attention_mask=None)[0]
+        return added.float()
+
+    def normed(self, i: int, states: Tensor) -> Tensor:
+        """What the feed-forward network of a layer reads."""
+        normed: Tensor = self._model.layers[i].post_attention_layernorm(states)
+        return normed
+
+    def mlp(self, i: int, weights: Mapping[str, Tensor] | None = None) -> Mlp:
+        """The feed-forward network of a layer, from its tensors by name, or as it is."""
+        at = f"{self._prefix}layers.{i}.mlp."
+        given = self._read(i, "mlp.", _FED) if weights is None else weights
+        found = {name: given[at + name].to(self._dtype) for name in _FED if at + name in given}
+        gate, up, down = (found[name] for name in _FED[:3])
+        gate_bias, up_bias = (found.get(name) for name in _FED[3:])
+        return Mlp(gate, up, down, gate_bias, up_bias, self._model.layers[i].mlp.act_fn)
+
+    def load_head(self) -> None:
+        name = _HEAD if _HEAD in self._tensors else self._prefix + _EMBEDDING
+        self._head = self._reader.read(self._tensors[name]).to(self._dtype)
+        put(self._model.norm, "weight", self._reader.read(self._tensors[self._prefix + _NORM]).float())
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(..., hidden) behind the last layer -> (..., vocabulary), fp32."""
+        return linear(self._model.norm(states).to(self._dtype), self._head).float()
+
+    def _read(self, i: int, part: str, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of a layer, by their full names; those that the checkpoint has."""
+        full = [f"{self._prefix}layers.{i}.{part}{name}" for name in names]
+        return {name: self._reader.read(self._place(name)) for name in full if name in self._tensors}
+
+
+class Activations:
+    """Hidden states of tokens (sequences, length), at first before layer 0. Arguments as of :class:`Layers`."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, tokens: Tensor, place: Callable[[str], TensorInfo], dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._layers = Layers(checkpoint, tokens.shape[1], place, dtype)
         self._layer, self._attended = 0, False
+        self._hidden = self._layers.embedded(tokens)
         self._forks: list[Tensor] = []
         self._to_come: list[Tensor] = []  # forks that are past this layer already
-        with torch.inference_mode(), Reader() as reader:
-            self._hidden = _embedded(reader, checkpoint.tensors[self._prefix + _EMBEDDING], tokens)
-            rotary = type(self._model.rotary_emb)(config=config)
-            self._rotation = rotary(self._hidden[:1], torch.arange(length)[None])
 
     def inputs(self, layer: int) -> Iterator[Tensor]:
         """What the feed-forward network of a layer reads: batches of whole sequences, (sequences, length, hidden)."""
-        with torch.inference_mode(), Reader() as reader:
-            self._pass_until(layer, reader)
-            self._attend(reader)
-        for batch in self._batches(self._hidden):
+        with torch.inference_mode():
+            self._pass_until(layer)
+            self._attend()
+        for batch in _batches(self._hidden):
             with torch.inference_mode():  # not while the caller has the batch
-                normed = self._model.layers[layer].post_attention_layernorm(batch)
+                normed = self._layers.normed(layer, batch)
             yield normed
+
+    def mlp(self, layer: int, weights: Mapping[str, Tensor]) -> Mlp:
+        """The network of a layer from its tensors by name."""
+        return self._layers.mlp(layer, weights)
 
     def feed(self, mlp: Mlp) -> None:
         """Let the tokens through this network in the place of the layer's own, and on to the next layer."""
         with torch.inference_mode():
             for states in (self._hidden, *self._forks):
                 self._through(mlp, states)
-            self._model.layers[self._layer].to("meta")
+        self._layers.drop(self._layer)
         self._forks += self._to_come
         self._to_come = []
         self._layer, self._attended = self._layer + 1, False
@@ -113,69 +201,92 @@ class Activations:
 
     def finish(self) -> None:
         """Go through the layers that are left."""
-        with torch.inference_mode(), Reader() as reader:
-            self._pass_until(len(self._model.layers), reader)
+        with torch.inference_mode():
+            self._pass_until(len(self._layers))
 
     def divergences(self, sequences: slice) -> list[float]:
         """Behind the last layer: of each fork of ``sequences`` the mean KL divergence, in nats, of what it says next from what
         they say."""
         sums = torch.zeros(len(self._forks), dtype=torch.float64)
-        with torch.inference_mode(), Reader() as reader:
-            head = reader.read(self._tensors[_HEAD if _HEAD in self._tensors else self._prefix + _EMBEDDING]).float()
-            norm = self._model.norm
-            norm.load_state_dict({"weight": reader.read(self._tensors[self._prefix + _NORM]).float()}, assign=True)
+        self._layers.load_head()
+        with torch.inference_mode():
             own, *forks = (states.flatten(0, 1).split(_LOGITS) for states in (self._hidden[sequences], *self._forks))
             for i, states in enumerate(own):
-                expected = linear(norm(states), head).log_softmax(-1)
+                expected = self._layers.logits(states).log_softmax(-1)
                 for fork, parts in enumerate(forks):
-                    found = linear(norm(parts[i]), head).log_softmax(-1)
+                    found = self._layers.logits(parts[i]).log_softmax(-1)
                     sums[fork] += kl_div(found, expected, reduction="sum", log_target=True).double()
         return (sums / self._hidden[sequences].shape[:2].numel()).tolist()
 
-    def mlp(self, layer: int, weights: Mapping[str, Tensor]) -> Mlp:
-        """The network of a layer in fp32, from its tensors by name."""
-        at = f"{self._prefix}layers.{layer}.mlp."
-        found = {name: weights[at + name].float() for name in _FED if at + name in weights}
-        gate, up, down = (found[name] for name in _FED[:3])
-        gate_bias, up_bias = (found.get(name) for name in _FED[3:])
-        return Mlp(gate, up, down, gate_bias, up_bias, self._model.layers[layer].mlp.act_fn)
-
-    def _pass_until(self, layer: int, reader: Reader) -> None:
+    def _pass_until(self, layer: int) -> None:
         while self._layer < layer:
-            self._attend(reader)
-            self.feed(self.mlp(self._layer, self._read(reader, "mlp.", _FED)))
+            self._attend()
+            self.feed(self._layers.mlp(self._layer))
 
-    def _attend(self, reader: Reader) -> None:
+    def _attend(self) -> None:
         if self._attended:
             return
-        layer = self._model.layers[self._layer]
-        names = [name for name, _ in layer.named_parameters() if not name.startswith("mlp.")]
-        weights = self._read(reader, "", names)
-        at = f"{self._prefix}layers.{self._layer}."
-        layer.load_state_dict({name: weights[at + name].float() for name in names}, strict=False, assign=True)
+        self._layers.load(self._layer)
         for states in (self._hidden, *self._forks):
-            for batch in self._batches(states):
-                normed = layer.input_layernorm(batch)
-                batch += layer.self_attn(hidden_states=normed, position_embeddings=self._rotation, attention_mask=None)[0]
+            for batch in _batches(states):
+                batch += self._layers.attended(self._layer, batch)
         self._attended = True
 
-    def _read(self, reader: Reader, part: str, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors of this layer, by their full names; those that the checkpoint has."""
-        full = [f"{self._prefix}layers.{self._layer}.{part}{name}" for name in names]
-        return {name: reader.read(self._place(name)) for name in full if name in self._tensors}
-
     def _through(self, mlp: Mlp, states: Tensor) -> None:
-        norm = self._model.layers[self._layer].post_attention_layernorm
-        for batch in self._batches(states):
-            batch += linear(mlp.units(norm(batch)), mlp.down)
-
-    def _batches(self, states: Tensor) -> Iterator[Tensor]:
-        return iter(states.split(max(1, BATCH // states.shape[1])))
+        for batch in _batches(states):
+            batch += mlp.output(self._layers.normed(self._layer, batch))
 
 
-def _embedded(reader: Reader, embedding: TensorInfo, tokens: Tensor) -> Tensor:
-    """The rows of the embedding that tokens name, in fp32: (sequences, length, hidden)."""
-    width = embedding.shape[1]
-    distinct, inverse = torch.unique(tokens, return_inverse=True)
-    rows = [reader.block(embedding, range(row, row + 1), range(width), width) for row in distinct.tolist()]
-    return torch.cat(rows).float()[inverse]
+def information(
+    checkpoint: Checkpoint, tokens: Tensor, dtype: torch.dtype, progress: Callable[[int, int, str], None] | None = None
+) -> list[Tensor]:
+    """Of each layer's units, Σ (h ∂L/∂h)² over tokens (sequences, length), (N,) fp32: what the loss L = -Σ ln p(next token)
+    would notice of their going. On text that the model wrote this is the diagonal of its Fisher information about gains of the
+    units."""
+    layers = Layers(checkpoint, tokens.shape[1], checkpoint.tensors.__getitem__, dtype)
+    layers.load_head()
+    found: dict[int, Tensor] = {}
+    done = 0
+    for part in _batches(tokens):
+        with torch.no_grad():
+            entering = [layers.embedded(part)]
+            for i in range(len(layers)):
+                layers.load(i)
+                between = entering[-1] + layers.attended(i, entering[-1])
+                entering.append(between + layers.mlp(i).output(layers.normed(i, between)))
+                layers.drop(i)
+        gradient = _loss_gradient(layers, entering.pop(), part)
+        for i in reversed(range(len(layers))):
+            layers.load(i)
+            with torch.enable_grad():
+                states = entering.pop().requires_grad_()
+                between = states + layers.attended(i, states)
+                mlp = layers.mlp(i)
+                units = mlp.units(layers.normed(i, between))
+                leaving = between + linear(units, mlp.down).float()
+                on_states, on_units = torch.autograd.grad(leaving, (states, units), gradient)
+            gradient = on_states
+            if progress and i == 0:
+                done += part.numel()
+                progress(done, tokens.numel(), "gradients, tokens")
+            seen = (units.detach().float() * on_units.float()).flatten(0, 1).square().sum(0)
+            found[i] = found[i] + seen if i in found else seen
+            layers.drop(i)
+    layers.close()
+    return [found[i] for i in range(len(layers))]
+
+
+def _loss_gradient(layers: Layers, states: Tensor, tokens: Tensor) -> Tensor:
+    """∂L/∂ hidden states (sequences, length, hidden) behind the last layer."""
+    gradient = torch.zeros_like(states)
+    for at in range(0, tokens.shape[1] - 1, step := max(1, _LOGITS // len(tokens))):
+        end = min(at + step, tokens.shape[1] - 1)
+        with torch.enable_grad():
+            part = states[:, at:end].detach().requires_grad_()
+            loss = cross_entropy(layers.logits(part).flatten(0, 1), tokens[:, at + 1 : end + 1].flatten(), reduction="sum")
+            [gradient[:, at:end]] = torch.autograd.grad(loss, part)
+    return gradient
+
+
+def _batches(states: Tensor) -> Iterator[Tensor]:
+    return iter(states.split(max(1, BATCH // states.shape[1])))

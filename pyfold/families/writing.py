@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
 from torch.nn.functional import linear
 
-from pyfold.families.activations import decoder
+from pyfold.families.activations import decoder, put
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.safetensors import Reader
 
@@ -71,7 +70,7 @@ class Writer:
         with Reader() as reader:
             self._embedding = self._read(reader, f"{self._prefix}embed_tokens.weight")
             self._head = self._read(reader, _HEAD) if _HEAD in self._tensors else self._embedding
-            _set(self._model.norm, "weight", self._read(reader, f"{self._prefix}norm.weight"))
+            put(self._model.norm, "weight", self._read(reader, f"{self._prefix}norm.weight"))
             if resident:
                 for i in range(len(self._model.layers)):
                     self._load(reader, i)
@@ -105,16 +104,10 @@ class Writer:
     def _load(self, reader: Reader, i: int) -> None:
         layer, at = self._model.layers[i], f"{self._prefix}layers.{i}."
         for name, _ in list(layer.named_parameters()):
-            _set(layer, name, self._read(reader, at + name))
+            put(layer, name, self._read(reader, at + name))
 
     def _read(self, reader: Reader, name: str) -> Tensor:
         return reader.read(self._tensors[name]).to(self._dtype)
-
-
-def _set(module: Module, name: str, value: Tensor) -> None:
-    """A parameter by its path, of any shape: widths may differ from layer to layer."""
-    path, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(path), leaf, Parameter(value, requires_grad=False))
 
 
 def _at(draws: Tensor, logits: Tensor) -> Tensor:

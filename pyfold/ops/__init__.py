@@ -9,7 +9,7 @@ from pyfold.ops.direct import assign, update
 from pyfold.ops.gram_file import LEAST_ROWS, GramFile, clustering_bytes, disk_bytes, strips
 from pyfold.ops.gram_space import Joins, gram, hartigan, inertia, lloyd, ward
 from pyfold.ops.merging import first_nonfinite, merge_columns, merge_rows
-from pyfold.ops.registry import backends, resolve
+from pyfold.ops.registry import backends, product_dtype, resolve
 
 __all__ = [
     "FLOATS",
@@ -28,6 +28,7 @@ __all__ = [
     "lloyd",
     "merge_columns",
     "merge_rows",
+    "product_dtype",
     "resolve",
     "strips",
     "update",

@@ -64,6 +64,11 @@ def call(op: str, backend: str, device: torch.device) -> Callable[..., Any]:
     return getattr(cpu.CpuBackend(level) if name == "cpu" else _BACKENDS[name], op)
 
 
+def product_dtype(backend: str) -> torch.dtype:
+    """In which matrix products are to be computed beside a resolved ``backend``: bf16 where the processor multiplies it."""
+    return torch.bfloat16 if backend in ("cpu:amx", "cpu:avx512bf16") else torch.float32
+
+
 def _refusal(name: str, device: torch.device, op: str | None) -> str | None:
     """Why a backend cannot run, in words that follow 'cannot run'; None if it can."""
     module = _BACKENDS[name]
