@@ -142,7 +142,7 @@ def score(
     needed = context if windows else 2
     if len(ids) < needed:
         raise PyfoldError(f"eval: the text has {len(ids)} tokens; at least {needed} are needed")
-    spans = _spread(len(ids), context, windows) if windows else _sliding(len(ids), context, stride or context // 2)
+    spans = spread(len(ids), context, windows) if windows else _sliding(len(ids), context, stride or context // 2)
     n_tokens = sum(end - first for _, first, end in spans)
     total, done = 0.0, 0
     with torch.inference_mode():
@@ -175,7 +175,7 @@ def _sliding(n_tokens: int, context: int, stride: int) -> list[tuple[int, int, i
     return list(zip(begins, [1, *ends[:-1]], ends, strict=True))
 
 
-def _spread(n_tokens: int, context: int, windows: int) -> list[tuple[int, int, int]]:
-    """The same of windows spread evenly."""
+def spread(n_tokens: int, context: int, windows: int) -> list[tuple[int, int, int]]:
+    """(begin, first token to score, end) of windows spread evenly."""
     begins = [i * (n_tokens - context) // max(windows - 1, 1) for i in range(windows)]
     return [(begin, begin + 1, begin + context) for begin in begins]

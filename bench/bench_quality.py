@@ -1,0 +1,173 @@
+"""Perplexity of folded SmolLM2-135M on WikiText-2, method by method, over the dense model's.
+
+Run by hand: ``pytest bench/bench_quality.py --text wikitext2_raw_test.txt [--scale small] [--cache DIR]``. Each fold is a
+``pyfold fold`` in a process of its own, cold, unless it is said to take another's text. What it is compared with is in
+``selection.py``. Real calibration text is of articles of the same file that no evaluated window touches. Takes two hours.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import child
+import pytest
+import torch
+from conftest import Report
+from report import Row
+from selection import flap
+from smollm2 import make
+
+from pyfold.calibration import CACHE
+from pyfold.evaluate import load_model, load_tokenizer, score, spread
+
+SELECTION = Path(__file__).with_name("selection.py")
+FUNCTION = ("--metric", "function")
+AUTO = (*FUNCTION, "--allocate", "auto")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Windows and their tokens; shares of the feed-forward parameters that go; seeds; layers of the uniform fold."""
+
+    windows: int
+    context: int
+    shares: tuple[float, ...]
+    seeds: tuple[int, ...]
+    layers: str
+
+
+SIZES = {
+    "full": Sizes(32, 1024, (0.1, 0.2, 0.3, 0.5), (0, 1, 2), "1-29"),
+    "small": Sizes(2, 256, (0.2,), (0,), "14-15"),
+}
+ASKED = {0.1: 1.14, 0.2: 1.35, 0.3: 1.65}
+
+
+class Bench:
+    """The model, its text, and what has been measured."""
+
+    def __init__(self, report: Report, cache: Path, text: Path, folder: Path) -> None:
+        self.report, self.sizes, self.folder = report, report.sizes, folder
+        self.source = make(cache / "smollm2")
+        self.text = text.read_text(encoding="utf-8")
+        self.dense = self._perplexity(*load_model(self.source))
+        self.real = folder / "real.txt"
+        self.real.write_text(unseen(self.text, load_tokenizer(self.source), self.sizes.windows, self.sizes.context))
+        report.notes.append(f"Dense perplexity {self.dense:.3f}, {self.sizes.windows} windows of {self.sizes.context}.")
+
+    def fold(self, name: str, *options: object, command: tuple[object, ...] = ("-m", "pyfold", "fold"), like: str = "") -> Row:
+        """One fold and its perplexity over the dense model's; ``like``: a fold whose text and survey it takes."""
+        to = self.folder / name
+        if like:
+            shutil.copyfile(self.folder / f"{like}{CACHE}", self.folder / f"{name}{CACHE}")
+        used = child.run([sys.executable, *command, self.source, to, "--quiet", *options])
+        assert used.returncode == 0
+        record = json.loads((to / "pyfold.json").read_text())
+        units = [(group["width"], group["folded_width"]) for group in record["groups"]]
+        return {
+            "removed": 1 - sum(kept for _, kept in units) / sum(width for width, _ in units),
+            "x dense": self._perplexity(*load_model(to)) / self.dense,
+            "seconds": used.seconds,
+            "peak MiB": used.peak_rss / 2**20,
+        }
+
+    def flap(self, like: str) -> Row:
+        """FLAP with the text and at the widths of a fold."""
+        model, tokenizer = load_model(self.source)
+        groups = json.loads((self.folder / like / "pyfold.json").read_text())["groups"]
+        tokens = json.loads((self.folder / f"{like}{CACHE}").read_text())["tokens"]["value"]
+        widths = {group["layer"]: group["folded_width"] for group in groups}
+        flap(model, torch.tensor(tokens), widths)
+        units = sum(group["width"] for group in groups)
+        return {
+            "removed": 1 - sum(widths.values()) / units,
+            "x dense": self._perplexity(model, tokenizer) / self.dense,
+            "seconds": None,
+            "peak MiB": None,
+        }
+
+    def _perplexity(self, model: Any, tokenizer: Any) -> float:
+        sizes = self.sizes
+        return score(model, tokenizer, text=self.text, context=sizes.context, windows=sizes.windows).perplexity
+
+
+def unseen(text: str, tokenizer: Any, windows: int, context: int) -> str:
+    """The articles of a WikiText file of which no window holds a token."""
+    offsets = tokenizer(text, return_offsets_mapping=True, verbose=False).offset_mapping
+    seen = [(offsets[begin][0], offsets[end - 1][1]) for begin, _, end in spread(len(offsets), context, windows)]
+    heads = [match.start() for match in re.finditer(r"^ = [^=].* = $", text, re.MULTILINE)]
+    articles = zip([0, *heads], [*heads, len(text)], strict=True)
+    return "".join(text[a:b] for a, b in articles if not any(begin < b and a < end for begin, end in seen))
+
+
+@pytest.fixture(scope="module")
+def bench(report: Report, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    text = request.config.getoption("--text")
+    if text is None:
+        pytest.skip("--text FILE: WikiText-2's raw test file")
+    folder = Path(request.config.getoption("--cache"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return Bench(report, folder, Path(text), tmp_path_factory.mktemp("quality"))
+
+
+def test_no_evaluated_text_is_seen(bench: Bench) -> None:
+    """No 50 tokens in a row of a window are in the real calibration text."""
+    tokenizer, sizes = load_tokenizer(bench.source), bench.sizes
+    ids = tokenizer(bench.text, verbose=False).input_ids
+    real = tokenizer(bench.real.read_text(), verbose=False).input_ids
+    runs = {tuple(real[i : i + 50]) for i in range(len(real) - 49)}
+    for begin, _, end in spread(len(ids), sizes.context, sizes.windows):
+        assert not any(tuple(ids[i : i + 50]) in runs for i in range(begin, end - 49))
+    bench.report.notes.append(f"Real calibration text: {len(real)} tokens of articles that no window touches.")
+
+
+def test_uniform(bench: Bench) -> None:
+    """The same share of units in all layers but the first."""
+    share, layers = ("--ratio", 0.2), ("--layers", bench.sizes.layers)
+    rows = bench.report.tables[f"20 % of the units in layers {bench.sizes.layers}"] = []
+    rows.append({"method": "weight metric", "asked": None, **bench.fold("u-weight", *share, *layers)})
+    for seed in bench.sizes.seeds:
+        row = bench.fold(f"u-{seed}", *share, *layers, *FUNCTION, "--seed", seed)
+        rows.append({"method": f"function metric + ridge, seed {seed}", "asked": "< 1.35", **row})
+    row = bench.fold("u-energy", *share, *layers, *FUNCTION, command=(SELECTION,), like="u-0")
+    rows.append({"method": "energy selection + ridge", "asked": None, **row})
+    row = bench.fold("u-real", *share, *layers, *FUNCTION, "--calibration", bench.real)
+    rows.append({"method": "function metric + ridge, real text", "asked": None, **row})
+    ratios = [row["x dense"] for row in rows if "seed" in str(row["method"])]
+    assert all(isinstance(ratio, float) for ratio in ratios)
+    bench.report.notes.append(
+        f"Uniform: spread over seeds {max(ratios) / min(ratios) - 1:.1%} (asked: under 3 %); self over real text "
+        f"{ratios[0] / rows[-1]['x dense']:.3f} (asked: at most 1.03)."
+    )
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_share(bench: Bench, at: int) -> None:
+    """A share of all feed-forward parameters."""
+    if at >= len(bench.sizes.shares):
+        pytest.skip("fewer shares at this scale")
+    share = bench.sizes.shares[at]
+    ratio = ("--ratio", share)
+    rows = bench.report.tables[f"{share:.0%} of all feed-forward parameters"] = []
+
+    def add(method: str, row: Row, asked: str | None = None) -> None:
+        rows.append({"method": method, "asked": asked, **row})
+
+    add("weight metric", bench.fold(f"{at}-weight", *ratio))
+    auto = f"{at}-auto"
+    add(
+        "function metric + ridge + auto budget",
+        bench.fold(auto, *ratio, *AUTO),
+        f"< {ASKED[share]}" if share in ASKED else None,
+    )
+    add("function metric, no repair", bench.fold(f"{at}-none", *ratio, *FUNCTION, "--repair", "none", like=auto))
+    add("function metric + ridge", bench.fold(f"{at}-ridge", *ratio, *FUNCTION, like=auto))
+    add("energy selection + ridge, auto's widths", bench.fold(f"{at}-energy", *ratio, *AUTO, command=(SELECTION,), like=auto))
+    add("FLAP, auto's widths", bench.flap(auto))
+    add("function metric + ridge + auto, real text", bench.fold(f"{at}-real", *ratio, *AUTO, "--calibration", bench.real))
