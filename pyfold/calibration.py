@@ -23,7 +23,6 @@ from pyfold.io.checkpoint import Checkpoint
 LENGTH = 256  # tokens of a sequence: a model writes as many steps, whatever it writes
 SEQUENCES = 192
 _FEWEST = 16  # sequences: with fewer there is nothing to hold out
-_DISTURBED, _DISTURBING = 0.3, 0  # of the tokens, a share; a seed
 _SPAN, _DISTINCT = 8, 0.5  # tokens in a row that were not there before: in text nearly all
 CACHE = ".pyfold-calibration.json"
 Progress = Callable[[int, int, str], None]
@@ -57,26 +56,16 @@ class Cache:
 
 @dataclass(frozen=True)
 class Calibration:
-    """(sequences, LENGTH) tokens, int64, and where they are from: ``self`` or a file's name.
-
-    ``disturbed``: the same with a share of them replaced by any of the vocabulary. Units that only speak in contexts that a
-    model would not write by itself, and that other text has, are then heard as well.
-    """
+    """(sequences, LENGTH) tokens, int64, and where they are from: ``self`` or a file's name."""
 
     tokens: Tensor
-    disturbed: Tensor
     source: str
 
     @property
     def identity(self) -> dict[str, Any]:
         """JSON values that say which tokens these are."""
         sha256 = hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
-        return {
-            "calibration": self.source,
-            "calibration_tokens": self.tokens.numel(),
-            "calibration_sha256": sha256,
-            "disturbed": _DISTURBED,
-        }
+        return {"calibration": self.source, "calibration_tokens": self.tokens.numel(), "calibration_sha256": sha256}
 
 
 def calibrate(
@@ -100,23 +89,14 @@ def calibrate(
     """
     tokenizer = evaluate.load_tokenizer(checkpoint.path)
     if text != "self":
-        return _calibration(_read(Path(text), tokenizer), tokenizer, Path(text).name)
+        return Calibration(_read(Path(text), tokenizer), Path(text).name)
     key = {"sources": stamps, "sequences": SEQUENCES, "length": LENGTH, "seed": seed, "torch": torch.__version__}
     kept = cache.get("tokens", key)
     if kept is not None:
-        return _calibration(torch.tensor(kept, dtype=torch.int64).view(SEQUENCES, LENGTH), tokenizer, "self")
+        return Calibration(torch.tensor(kept, dtype=torch.int64).view(SEQUENCES, LENGTH), "self")
     tokens = _written(checkpoint, tokenizer, room, seed, progress)
     cache.put("tokens", key, tokens.tolist())
-    return _calibration(tokens, tokenizer, "self")
-
-
-def _calibration(tokens: Tensor, tokenizer: Any, source: str) -> Calibration:
-    generator = torch.Generator().manual_seed(_DISTURBING)
-    ordinary = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)))
-    replaced = torch.rand(tokens.shape, generator=generator) < _DISTURBED
-    replaced[:, 0] = False
-    others = ordinary[torch.randint(len(ordinary), tokens.shape, generator=generator)]
-    return Calibration(tokens, torch.where(replaced, others, tokens), source)
+    return Calibration(tokens, "self")
 
 
 def _read(file: Path, tokenizer: Any) -> Tensor:

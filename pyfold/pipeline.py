@@ -410,13 +410,13 @@ def _allocated(prepared: Prepared, seen: Seen, cache: Cache, key: dict[str, Any]
     """With the widths that cost the whole model least."""
     checkpoint, plan, options = prepared.checkpoint, prepared.plan, prepared.options
     groups = [group for group, _ in plan.groups]
-    key = key | {"groups": [group.name for group in groups], "repair": options["repair"], "disturbed": options["disturbed"]}
+    key = key | {"groups": [group.name for group in groups], "repair": options["repair"]}
     errors = cache.get("errors", key)
     if errors is None:
         found = survey(
             checkpoint,
             groups,
-            seen.text.disturbed[:SURVEYING],
+            seen.text.tokens[:SURVEYING],
             information=seen.information,
             ridge=options["repair"] == "ridge",
             backend=prepared.backend,
@@ -504,7 +504,7 @@ def _by_function(prepared: Prepared, output: Output, seen: Seen, finished: froze
         return output.place(name) if name in finished else prepared.checkpoint.tensors[name]
 
     dtype = ops.product_dtype(prepared.backend)
-    activations = Activations(prepared.checkpoint, seen.text.disturbed, place, dtype)
+    activations = Activations(prepared.checkpoint, seen.text.tokens, place, dtype)
     return ByFunction(activations, seen.information, prepared.options["repair"] == "ridge")
 
 

@@ -22,7 +22,7 @@ BATCH = 1 << 12  # tokens that go through a layer together
 _LOGITS = 1 << 8  # tokens whose logits are in memory together
 _HEAD, _EMBEDDING, _NORM = "lm_head.weight", "embed_tokens.weight", "norm.weight"
 _ATTENTION = "self_attn."
-_FED = ("gate_proj.weight", "up_proj.weight", "down_proj.weight", "gate_proj.bias", "up_proj.bias")
+_FED = ("gate_proj.weight", "up_proj.weight", "down_proj.weight", "gate_proj.bias", "up_proj.bias", "down_proj.bias")
 _OWN = ("auto_map", "architectures", "per_layer_config", "torch_dtype", "dtype")  # of config.json, not of the decoder itself
 
 
@@ -34,6 +34,7 @@ class Mlp(NamedTuple):
     down: Tensor
     gate_bias: Tensor | None
     up_bias: Tensor | None
+    down_bias: Tensor | None
     act: Callable[[Tensor], Tensor]
 
     def units(self, x: Tensor) -> Tensor:
@@ -43,12 +44,14 @@ class Mlp(NamedTuple):
 
     def output(self, x: Tensor) -> Tensor:
         """(..., hidden) -> (..., hidden), fp32."""
-        return linear(self.units(x), self.down).float()
+        return linear(self.units(x), self.down, self.down_bias).float()
 
     def kept(self, units: Tensor, down: Tensor) -> Mlp:
         """The network of some of its units, and another consumer."""
         gate_bias, up_bias = (None if bias is None else bias[units] for bias in (self.gate_bias, self.up_bias))
-        return Mlp(self.gate[units], self.up[units], down.to(self.down.dtype), gate_bias, up_bias, self.act)
+        return self._replace(
+            gate=self.gate[units], up=self.up[units], down=down.to(self.down.dtype), gate_bias=gate_bias, up_bias=up_bias
+        )
 
 
 def decoder(checkpoint: Checkpoint, attention: str = "sdpa") -> Any:
@@ -133,13 +136,14 @@ class Layers:
         return normed
 
     def mlp(self, i: int, weights: Mapping[str, Tensor] | None = None) -> Mlp:
-        """The feed-forward network of a layer, from its tensors by name, or as it is."""
+        """The feed-forward network of a layer, from its tensors by name; those that are not given are as they are."""
         at = f"{self._prefix}layers.{i}.mlp."
-        given = self._read(i, "mlp.", _FED) if weights is None else weights
-        found = {name: given[at + name].to(self._dtype) for name in _FED if at + name in given}
-        gate, up, down = (found[name] for name in _FED[:3])
-        gate_bias, up_bias = (found.get(name) for name in _FED[3:])
-        return Mlp(gate, up, down, gate_bias, up_bias, self._model.layers[i].mlp.act_fn)
+        given = dict(weights or {})
+        given |= self._read(i, "mlp.", (name for name in _FED if at + name not in given))
+        found = {name: values.to(self._dtype) for name, values in given.items()}
+        gate, up, down = (found[at + name] for name in _FED[:3])
+        gate_bias, up_bias, down_bias = (found.get(at + name) for name in _FED[3:])
+        return Mlp(gate, up, down, gate_bias, up_bias, down_bias, self._model.layers[i].mlp.act_fn)
 
     def load_head(self) -> None:
         name = _HEAD if _HEAD in self._tensors else self._prefix + _EMBEDDING
@@ -263,7 +267,7 @@ def information(
                 between = states + layers.attended(i, states)
                 mlp = layers.mlp(i)
                 units = mlp.units(layers.normed(i, between))
-                leaving = between + linear(units, mlp.down).float()
+                leaving = between + linear(units, mlp.down, mlp.down_bias).float()
                 on_states, on_units = torch.autograd.grad(leaving, (states, units), gradient)
             gradient = on_states
             if progress and i == 0:
