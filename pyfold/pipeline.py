@@ -28,7 +28,7 @@ from pyfold.clustering.regime import bytes_free
 from pyfold.deliver import huggingface
 from pyfold.errors import PyfoldError
 from pyfold.families import Family, FoldGroup, family_of
-from pyfold.families.activations import BATCH, Activations, decoder, information
+from pyfold.families.activations import BATCH, Activations, decoder, divergences_bytes, information, information_bytes
 from pyfold.io.checkpoint import INDEX, Checkpoint, open_checkpoint
 from pyfold.io.destination import Destination
 from pyfold.io.output import Output
@@ -397,8 +397,13 @@ def _see(
     }
     known = cache.get("information", key)
     if known is None:
-        tokens = calibration.tokens[:INFORMING]
-        found = information(checkpoint, tokens, ops.product_dtype(prepared.backend), progress)
+        tokens, dtype = calibration.tokens[:INFORMING], ops.product_dtype(prepared.backend)
+        needs, room = information_bytes(checkpoint, LENGTH, dtype), prepared.limit - rss_bytes()
+        if needs > room:
+            raise PyfoldError(
+                f"host_memory: gradients for the function metric take {needs / 2**20:.0f} MiB, and {room / 2**20:.0f} are left"
+            )
+        found = information(checkpoint, tokens, dtype, progress)
         known = [values.tolist() for values in found]
         cache.put("information", key, known)
     seen = Seen(calibration, [torch.tensor(values) for values in known])
@@ -444,7 +449,8 @@ def _function_bytes(checkpoint: Checkpoint, group: FoldGroup, k: int, forks: int
     hidden = checkpoint.config["hidden_size"]
     states = 4 * (SEQUENCES + forks * SEQUENCES // function_metric.HELD_OUT) * LENGTH * hidden
     attention = 4 * 4 * hidden * hidden + 8 * 4 * BATCH * hidden
-    return states + attention + function_metric.nbytes(group.width, k, hidden)
+    divergences = divergences_bytes(checkpoint) if forks else 0
+    return states + max(attention + function_metric.nbytes(group.width, k, hidden), divergences)
 
 
 def _write_weights(

@@ -318,9 +318,21 @@ def test_it_goes_on_where_it_was_stopped(source: Path, text: Path, tmp_path: Pat
     assert 0 < len(again) < 3
 
 
-def test_memory_is_kept_to(text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("allocate", ["uniform", "auto"])
+def test_memory_is_kept_to(text: Path, tmp_path: Path, allocate: str) -> None:
     source = with_tokenizer(tiny_checkpoint(tmp_path / "src", width=1200, hidden_size=512))
-    options = ["--ratio", "0.2", "--metric", "function", "--calibration", text, "--json", "--host-memory"]
+    options = [
+        "--ratio",
+        "0.2",
+        "--metric",
+        "function",
+        "--allocate",
+        allocate,
+        "--calibration",
+        text,
+        "--json",
+        "--host-memory",
+    ]
     refused = run_cli("fold", source, tmp_path / "dst", *options, "1MiB")
     assert refused.returncode == 2, refused.stderr
     least = int(re.search(r"at least .*\(([\d,]+) bytes\)", refused.stderr)[1].replace(",", ""))

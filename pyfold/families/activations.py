@@ -20,6 +20,7 @@ from pyfold.io.safetensors import Reader, TensorInfo
 
 BATCH = 1 << 12  # tokens that go through a layer together
 _LOGITS = 1 << 8  # tokens whose logits are in memory together
+_KEPT = 1 << 28  # bytes of hidden states that are kept for the way back, or those of one sequence
 _HEAD, _EMBEDDING, _NORM = "lm_head.weight", "embed_tokens.weight", "norm.weight"
 _ATTENTION = "self_attn."
 _FED = ("gate_proj.weight", "up_proj.weight", "down_proj.weight", "gate_proj.bias", "up_proj.bias", "down_proj.bias")
@@ -251,7 +252,7 @@ def information(
     layers.load_head()
     found: dict[int, Tensor] = {}
     done = 0
-    for part in _batches(tokens):
+    for part in tokens.split(_kept_at_once(checkpoint, tokens.shape[1])):
         with torch.no_grad():
             entering = [layers.embedded(part)]
             for i in range(len(layers)):
@@ -278,6 +279,32 @@ def information(
             layers.drop(i)
     layers.close()
     return [found[i] for i in range(len(layers))]
+
+
+def information_bytes(checkpoint: Checkpoint, length: int, dtype: torch.dtype) -> int:
+    """Memory that :func:`information` takes at most."""
+    config, item = checkpoint.config, dtype.itemsize
+    hidden, layers, n = config["hidden_size"], config["num_hidden_layers"], _widest(checkpoint)
+    at_once = _kept_at_once(checkpoint, length) * length
+    a_layer = (4 * hidden * hidden + 3 * hidden * n) * (item + 4)
+    of_tokens = at_once * (4 * hidden * (layers + 12) + 8 * item * n + 4 * n)
+    return divergences_bytes(checkpoint) + a_layer + of_tokens
+
+
+def divergences_bytes(checkpoint: Checkpoint) -> int:
+    """Memory that logits take at most: the head, as it is read too, and what is said of some tokens."""
+    config = checkpoint.config
+    return 8 * config["hidden_size"] * config["vocab_size"] + 4 * 4 * _LOGITS * config["vocab_size"]
+
+
+def _kept_at_once(checkpoint: Checkpoint, length: int) -> int:
+    """Sequences whose hidden states before every layer are kept for the way back."""
+    a_sequence = 4 * length * checkpoint.config["hidden_size"] * checkpoint.config["num_hidden_layers"]
+    return max(1, min(BATCH // length, _KEPT // a_sequence))
+
+
+def _widest(checkpoint: Checkpoint) -> int:
+    return max(info.shape[0] for name, info in checkpoint.tensors.items() if name.endswith(f"mlp.{_FED[0]}"))
 
 
 def _loss_gradient(layers: Layers, states: Tensor, tokens: Tensor) -> Tensor:
