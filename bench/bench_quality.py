@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ from report import Row
 from selection import flap
 from smollm2 import make
 
+from pyfold import ops, survey
 from pyfold.calibration import CACHE
 from pyfold.evaluate import load_model, load_tokenizer, score, spread
+from pyfold.families import family_of
+from pyfold.io.checkpoint import open_checkpoint
 
 SELECTION = Path(__file__).with_name("selection.py")
 FUNCTION = ("--metric", "function")
@@ -145,6 +149,27 @@ def test_uniform(bench: Bench) -> None:
         f"Uniform: spread over seeds {max(ratios) / min(ratios) - 1:.1%} (asked: under 3 %); self over real text "
         f"{ratios[0] / rows[-1]['x dense']:.3f} (asked: at most 1.03)."
     )
+
+
+def test_curves(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the survey says of every width, from one that it measured, beside what it measures at others."""
+    checkpoint = open_checkpoint(bench.source)
+    groups = family_of(checkpoint).fold_groups(checkpoint)
+    record = json.loads((bench.folder / f"u-0{CACHE}").read_text())
+    tokens = torch.tensor(record["tokens"]["value"])[:32]
+    seen = [torch.tensor(values) for values in record["information"]["value"]]
+    surveyed = partial(survey.survey, checkpoint, groups, tokens, information=seen, ridge=True, backend=ops.resolve("auto"))
+    curves = surveyed()
+    rows = bench.report.tables["KL divergence with one group folded, foretold from one width / measured, over all groups"] = []
+    for kept in (0.9, 0.6, 0.4):
+        monkeypatch.setattr(survey, "MEASURED", kept)
+        at = [int(kept * group.width) - 1 for group in groups]
+        ratios = sorted(
+            float(curve[k] / measured[k]) for curve, measured, k in zip(curves, surveyed(), at, strict=True) if measured[k] > 0
+        )
+        quartiles = (ratios[len(ratios) * i // 4] for i in (1, 2, 3))
+        row = zip(("least", "quarter", "median", "three quarters", "most"), (ratios[0], *quartiles, ratios[-1]), strict=True)
+        rows.append({"units kept": kept, **dict(row)})
 
 
 @pytest.mark.parametrize("at", range(4))

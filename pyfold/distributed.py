@@ -12,9 +12,7 @@ import logging
 import os
 import platform
 import re
-import signal
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -87,7 +85,7 @@ def run_jobs(
     if not todo:
         return
     ray = require_ray()
-    with _connected(ray, address), _interrupts() as pressed:
+    with _connected(ray, address):
         n_cpus, n_slots = _share(ray.nodes(), len(todo), budget.peak)
         fold = ray.put(_Fold(run_of(output.folder), output.folder, plan, budget, backend, n_cpus))
         task = ray.remote(_work).options(num_cpus=n_cpus, memory=budget.peak, max_retries=_RETRIES)
@@ -98,8 +96,6 @@ def run_jobs(
                     job = waiting.popleft()
                     running[task.remote(_absolute(job), fold)] = job
                 ready, _ = ray.wait(list(running), timeout=_LOOK)
-                if pressed:
-                    raise KeyboardInterrupt
                 if not ready and not _n_slots(ray.nodes(), n_cpus, budget.peak):
                     raise OSError(f"Ray: no node is left that offers a task {n_cpus} CPUs and {budget.peak >> 20} MiB")
                 for done in ready:
@@ -123,28 +119,6 @@ def run_jobs(
             # connection; but a folder that may be removed now had better not grow meanwhile.
             if running:
                 ray.wait(list(running), num_returns=len(running), timeout=_LOOK)
-
-
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Grows with every Ctrl-C: what its handler raises is lost where it meets a callback of Ray's."""
-    pressed: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        pressed.append(number)
-        signal.default_int_handler(number, frame)
-
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) != signal.default_int_handler
-    ):
-        yield pressed
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _work(job: Job, fold: _Fold) -> tuple[dict[str, Any], float, str]:

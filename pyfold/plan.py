@@ -42,7 +42,7 @@ class Plan:
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     shards: dict[str, list[str]]
     notes: list[str]
-    room: int
+    room: int = 0
 
     @property
     def uniform(self) -> bool:

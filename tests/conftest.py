@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -90,6 +91,11 @@ def tiny_checkpoint(folder: Path, family: str = "llama", dtype: torch.dtype = to
     """``tiny_model`` saved in several shards."""
     tiny_model(family, **options).to(dtype).save_pretrained(folder, max_shard_size="20KB")
     return folder
+
+
+def heed_interrupts() -> None:
+    """For a process to be: SIGINT stops it, also where a shell in the background has had it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def prompt(length: int = 24) -> torch.Tensor:

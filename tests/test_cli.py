@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import pty
@@ -21,6 +20,7 @@ from conftest import (
     ROOT,
     UP,
     check_refused,
+    heed_interrupts,
     load,
     patch_json,
     rewrite,
@@ -245,8 +245,7 @@ def journal_lines(dst: Path) -> int:
 def interrupt(source: Path, dst: Path, how: signal.Signals, *options: str) -> tuple[int, str]:
     """Start a fold and send it a signal once it has finished a group."""
     command = [sys.executable, "-m", "pyfold", "fold", str(source), str(dst), "--ratio", "0.25", *options]
-    heeded = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # also where this process ignores it
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heeded)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
     deadline = time.monotonic() + 120
     while journal_lines(dst) < 2:
         assert process.poll() is None, process.stderr.read()

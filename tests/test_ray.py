@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import ROOT, UP, check_refused, rewrite, run_cli, tiny_checkpoint, tree, write_synthetic
+from conftest import ROOT, UP, check_refused, heed_interrupts, rewrite, run_cli, tiny_checkpoint, tree, write_synthetic
 
 from pyfold import __version__, cli, distributed, fold_checkpoint
 from pyfold.io.destination import JOURNAL, PARTIAL, RESULT
@@ -129,7 +129,11 @@ def test_one_process_goes_on_where_the_driver_was_stopped(
     dst, trace = tmp_path / "dst", tmp_path / "trace.json"
     command = ["fold", str(weights), str(dst), "--ratio", "0.25"]
     driver = subprocess.Popen(
-        [sys.executable, "-m", "pyfold", *command, f"--ray={cluster.address}"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "pyfold", *command, f"--ray={cluster.address}"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
     )
     worker = stopped_in_a_job(cluster.list_all_nodes(), partial(dst) / RESULT)  # so that there is something left to do
     while len(Journal(partial(dst) / JOURNAL).done) < 2:  # of the second the driver may not know yet
