@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfold import evaluate
+from pyfold import __version__, evaluate
 from pyfold.errors import PyfoldError
 from pyfold.families.writing import Writer, writing_bytes
 from pyfold.io.checkpoint import Checkpoint
@@ -37,7 +38,7 @@ class Cache:
     def get(self, what: str, key: dict[str, Any]) -> Any:
         """None where there is none, or it is of another key, or the file is not one of ours."""
         kept = self._read().get(what)
-        return kept["value"] if isinstance(kept, dict) and kept.get("key") == key else None
+        return kept.get("value") if isinstance(kept, dict) and kept.get("key") == key else None
 
     def put(self, what: str, key: dict[str, Any], value: Any) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -90,10 +91,19 @@ def calibrate(
     tokenizer = evaluate.load_tokenizer(checkpoint.path)
     if text != "self":
         return Calibration(_read(Path(text), tokenizer), Path(text).name)
-    key = {"sources": stamps, "sequences": SEQUENCES, "length": LENGTH, "seed": seed, "torch": torch.__version__}
+    key = {
+        "pyfold": __version__,
+        "sources": stamps,
+        "sequences": SEQUENCES,
+        "length": LENGTH,
+        "seed": seed,
+        "torch": torch.__version__,
+    }
     kept = cache.get("tokens", key)
-    if kept is not None:
-        return Calibration(torch.tensor(kept, dtype=torch.int64).view(SEQUENCES, LENGTH), "self")
+    with suppress(TypeError, ValueError, RuntimeError, OverflowError):  # not as it was kept: it is written anew
+        tokens = torch.tensor(kept, dtype=torch.int64).view(SEQUENCES, LENGTH)
+        if int(tokens.min()) >= 0 and int(tokens.max()) < checkpoint.config["vocab_size"]:
+            return Calibration(tokens, "self")
     tokens = _written(checkpoint, tokenizer, room, seed, progress)
     cache.put("tokens", key, tokens.tolist())
     return Calibration(tokens, "self")

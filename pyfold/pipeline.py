@@ -6,6 +6,7 @@ finished goes into a journal beside the result, and the same command goes on fro
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import shutil
@@ -34,7 +35,7 @@ from pyfold.io.destination import Destination
 from pyfold.io.output import Output
 from pyfold.io.safetensors import TensorInfo
 from pyfold.jobs import ByFunction, Finished, make_jobs, run_jobs
-from pyfold.plan import Plan, make_plan, parse_size
+from pyfold.plan import Plan, least_parameters, make_plan, parse_size
 from pyfold.report import FoldReport, GpuReport, GroupReport, peak_rss_bytes, rss_bytes
 from pyfold.streams import Gpu, open_device
 from pyfold.survey import survey
@@ -306,6 +307,8 @@ def prepare(
         raise PyfoldError("allocate: auto measures on text what each group is worth; it needs metric function")
     if allocate == "auto" and width is not None:
         raise PyfoldError("allocate: auto finds the widths; give ratio, target_params or target_bytes")
+    if not 0 <= seed < 1 << 63:
+        raise PyfoldError(f"seed: expected 0 to 2^63 - 1, got {seed}")
     targets = {"target_params": target_params, "target_bytes": target_bytes}
     if metric == "weight" and str(calibration) not in ("self", "none"):
         raise PyfoldError(f"calibration: {calibration} is for metric function; the weight metric sees no text")
@@ -331,6 +334,11 @@ def prepare(
         max_shard_size=max_shard_size,
     )
     plan = planned()
+    least = least_parameters(checkpoint, plan, multiple_of or 1)
+    if allocate == "auto" and least > plan.room:
+        raise PyfoldError(
+            f"allocate: {multiple_of or 1} units a group have {least:,} parameters, and there is room for {plan.room:,}"
+        )
     if profile == "stock" and not plan.uniform:
         raise PyfoldError("profile: stock is one width for all layers; fold all of them to one")
     options: dict[str, Any] = {
@@ -354,12 +362,13 @@ def prepare(
     in_layers = None
     if metric == "function":
         options |= {"metric": metric, "repair": repair}
-        if calibration == "self":
+        if str(calibration) == "self":
             options |= {"seed": seed}
         if allocate == "auto":
             options |= {"allocate": allocate}
         forks = len(plan.groups) if allocate == "auto" else 0
-        in_layers = {group.name: _function_bytes(checkpoint, group, group.width, forks) for group, _ in plan.groups}
+        widths = {group.name: group.width if forks else k for group, k in plan.groups}  # auto: up to all units
+        in_layers = {group.name: _function_bytes(checkpoint, group, widths[group.name], forks) for group, _ in plan.groups}
     spills, gpu_room = backend.startswith("cpu"), room if gpu else None
     budgeted = partial(make_budget, checkpoint, spills=spills, gpu_memory=gpu_room, beside=in_layers)
     budget = budgeted(plan, limit, held)
@@ -390,13 +399,15 @@ def _see(
     calibration = calibrate(checkpoint, text, cache, stamps, room, seed=options.get("seed", 0), progress=progress)
     options |= calibration.identity
     key = {
+        "pyfold": __version__,
         "sources": stamps,
         "calibration": options["calibration_sha256"],
+        "sequences": [INFORMING, SURVEYING],
         "backend": prepared.backend,
         "torch": torch.__version__,
     }
     known = cache.get("information", key)
-    if known is None:
+    if not _numbers(known):
         tokens, dtype = calibration.tokens[:INFORMING], ops.product_dtype(prepared.backend)
         needs, room = information_bytes(checkpoint, LENGTH, dtype), prepared.limit - rss_bytes()
         if needs > room:
@@ -406,9 +417,17 @@ def _see(
         found = information(checkpoint, tokens, dtype, progress)
         known = [values.tolist() for values in found]
         cache.put("information", key, known)
+    options["information_sha256"] = hashlib.sha256(json.dumps(known).encode()).hexdigest()
     seen = Seen(calibration, [torch.tensor(values) for values in known])
     prepared = replace(prepared, options=options)
     return seen, _allocated(prepared, seen, cache, key, progress) if prepared.auto else prepared
+
+
+def _numbers(values: Any) -> bool:
+    """Whether these are lists of numbers, as they were kept."""
+    return isinstance(values, list) and all(
+        isinstance(each, list) and all(isinstance(value, float) for value in each) for each in values
+    )
 
 
 def _allocated(prepared: Prepared, seen: Seen, cache: Cache, key: dict[str, Any], progress: Progress | None) -> Prepared:
@@ -417,7 +436,7 @@ def _allocated(prepared: Prepared, seen: Seen, cache: Cache, key: dict[str, Any]
     groups = [group for group, _ in plan.groups]
     key = key | {"groups": [group.name for group in groups], "repair": options["repair"]}
     errors = cache.get("errors", key)
-    if errors is None:
+    if not _numbers(errors) or list(map(len, errors)) != [group.width for group in groups]:
         found = survey(
             checkpoint,
             groups,
@@ -440,14 +459,16 @@ def _allocated(prepared: Prepared, seen: Seen, cache: Cache, key: dict[str, Any]
         widths = [allocation.common_width(curves, plan.room, multiple_of=multiple)] * len(groups)
         notes.append(f"one width for all, {widths[0]}: estimated {allocation.total_error(curves, widths):.4f} nats")
     plan, budget = prepared.replan({group.layer: width for group, width in zip(groups, widths, strict=True)})
-    return replace(prepared, plan=replace(plan, notes=plan.notes + notes), budget=budget)
+    options = options | {"widths": widths}
+    return replace(prepared, plan=replace(plan, notes=plan.notes + notes), budget=budget, options=options)
 
 
 def _function_bytes(checkpoint: Checkpoint, group: FoldGroup, k: int, forks: int) -> int:
     """Hidden states, also of forks, a batch of them on its way through attention and that layer's weights; what the metric
     takes."""
     hidden = checkpoint.config["hidden_size"]
-    states = 4 * (SEQUENCES + forks * SEQUENCES // function_metric.HELD_OUT) * LENGTH * hidden
+    surveyed = SURVEYING + forks * SURVEYING // function_metric.HELD_OUT
+    states = 4 * max(SEQUENCES, surveyed) * LENGTH * hidden
     attention = 4 * 4 * hidden * hidden + 8 * 4 * BATCH * hidden
     divergences = divergences_bytes(checkpoint) if forks else 0
     return states + max(attention + function_metric.nbytes(group.width, k, hidden), divergences)

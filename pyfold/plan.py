@@ -103,6 +103,12 @@ def make_plan(
             exact = rounded = target_width(group, ratio, width, share)
             if multiple_of is not None:
                 rounded = round_to_multiple(exact, multiple_of, group)
+            if share is not None and rounded > exact:  # a target is not to be passed
+                rounded -= multiple_of or 0
+                if rounded < 1:
+                    raise PyfoldError(
+                        f"multiple_of: {multiple_of} is more than the {exact} units that the target leaves {group.name}"
+                    )
         if rounded != exact:
             notes.append(
                 f"{group.name}: width {exact} rounded to {rounded}, a multiple of {multiple_of}: "
@@ -148,6 +154,11 @@ def round_to_multiple(k: int, multiple: int, group: FoldGroup) -> int:
     if largest == 0:
         raise PyfoldError(f"multiple_of: {multiple} is more than the {group.width} units of {group.name}")
     return min(max((k + multiple // 2) // multiple * multiple, multiple), largest)
+
+
+def least_parameters(checkpoint: Checkpoint, plan: Plan, multiple_of: int) -> int:
+    """Of the folded groups at their least widths."""
+    return sum(_parameters(checkpoint, group) // group.width * min(multiple_of, group.width) for group, _ in plan.groups)
 
 
 def _parameters(checkpoint: Checkpoint, group: FoldGroup) -> int:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyfold import ops
+from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
 from pyfold.families.activations import Activations
 from pyfold.function_metric import HELD_OUT, fold_units, moments
@@ -47,8 +48,12 @@ def survey(
             mlp = activations.mlp(group.layer, weights)
             seen = moments((mlp.units(x) for x in activations.inputs(group.layer)), backend)
             k = max(1, int(MEASURED * group.width))
-            curve = lost_at_every_width(consumer, seen.fitted + seen.held_out)
-            folded = fold_units(consumer, seen, k, ridge=ridge, backend=backend, information=information[group.layer])
+            try:
+                curve = lost_at_every_width(consumer, seen.fitted + seen.held_out)
+                folded = fold_units(consumer, seen, k, ridge=ridge, backend=backend, information=information[group.layer])
+            except (ValueError, RuntimeError) as error:
+                path = checkpoint.tensors[group.tensors[0]].path
+                raise PyfoldError(f"{path}: {group.name} cannot be folded: {str(error).splitlines()[0]}") from None
             activations.fork(probes, mlp.kept(folded.kept, folded.consumer))
             activations.feed(mlp)
             curves.append(curve / curve[k - 1] if curve[k - 1] > 0 else curve)

@@ -357,6 +357,7 @@ def test_what_cannot_be_done_is_said(source: Path, text: Path, tmp_path: Path, c
         (source, ["--metric", "function", "--host-memory", "350MiB"], "host_memory"),
         (bare, ["--metric", "function"], "transformers cannot load it"),
         (source, ["--allocate", "auto"], "it needs metric function"),
+        (source, ["--metric", "function", "--seed", "-1"], "seed: expected 0 to"),
         (source, ["--allocate", "best"], "expected uniform or auto, got 'best'"),
         (source, ["--profile", "stock", "--layers", "1"], "stock is one width for all layers"),
     ):

@@ -294,7 +294,7 @@ def information_bytes(checkpoint: Checkpoint, length: int, dtype: torch.dtype) -
 def divergences_bytes(checkpoint: Checkpoint) -> int:
     """Memory that logits take at most: the head, as it is read too, and what is said of some tokens."""
     config = checkpoint.config
-    return 8 * config["hidden_size"] * config["vocab_size"] + 4 * 4 * _LOGITS * config["vocab_size"]
+    return 8 * config["hidden_size"] * config["vocab_size"] + 5 * 4 * _LOGITS * config["vocab_size"]
 
 
 def _kept_at_once(checkpoint: Checkpoint, length: int) -> int:

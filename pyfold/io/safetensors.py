@@ -177,9 +177,9 @@ def _read_blocks(file: int, offset: int, buffer: memoryview) -> int:
     done = 0
     while done < len(buffer):
         got = os.preadv(file, [buffer[done : done + _MAX_TRANSFER]], offset + done)
-        done += got
-        if got % _DISK_BLOCK or got == 0:  # the file's end
-            break
+        if got < _DISK_BLOCK:  # the file's end
+            return done + got
+        done += got - got % _DISK_BLOCK
     return done
 
 
