@@ -72,7 +72,7 @@ def main() -> int:
     print("\n" + "\n".join(sentences))
     print(
         f"\nThe first fold is within {LIMIT} x dense. The second is not: without data, weights alone do not show which units"
-        "\nmatter, and eight layers are too many. Repair of language models is not in this version."
+        "\nmatter, and eight layers are too many. --metric function looks at what they do (README)."
     )
     print(f"load it:  {folds[0][2]['how_to_load']}")
     print(f"demo took {time.perf_counter() - started:.0f} s")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,13 @@ from pyfold import __version__, evaluate
 from pyfold.errors import PyfoldError
 from pyfold.families.writing import Writer, writing_bytes
 from pyfold.io.checkpoint import Checkpoint
+from pyfold.progress import Progress
 
 LENGTH = 256  # tokens of a sequence: a model writes as many steps, whatever it writes
 SEQUENCES = 192
 _FEWEST = 16  # sequences: with fewer there is nothing to hold out
 _SPAN, _DISTINCT = 8, 0.5  # tokens in a row that were not there before: in text nearly all
 CACHE = ".pyfold-calibration.json"
-Progress = Callable[[int, int, str], None]
 
 
 class Cache:

@@ -16,7 +16,7 @@ from pyfold import __version__
 from pyfold.errors import PyfoldError
 
 if TYPE_CHECKING:
-    from pyfold.pipeline import Progress
+    from pyfold.progress import Progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pyfold.errors import PyfoldError
 from pyfold.evaluate import Evaluation, check_options, load_model, load_tokenizer, score
 from pyfold.io.checkpoint import open_checkpoint
+from pyfold.progress import Progress
 from pyfold.tasks import Scores, Tasks
 
 
@@ -51,7 +52,7 @@ def compare(
     windows: int | None = None,
     tasks: Sequence[str] = (),
     tasks_folder: str | Path | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Measured]:
     """Perplexity as by :func:`pyfold.perplexity`, and accuracies, of each checkpoint.
 

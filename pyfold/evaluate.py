@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from pyfold.deliver.huggingface import has_own_modeling_file
 from pyfold.errors import PyfoldError
 from pyfold.families import FAMILIES
+from pyfold.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def perplexity(
     context: int = 1024,
     stride: int | None = None,
     windows: int | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Perplexity on a text, in fp32 on the CPU.
 
@@ -134,7 +135,7 @@ def score(
     context: int = 1024,
     stride: int | None = None,
     windows: int | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """:func:`perplexity` of a model that is loaded already."""
     check_options(max_tokens=max_tokens, context=context, stride=stride, windows=windows)

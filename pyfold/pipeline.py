@@ -6,48 +6,42 @@ finished goes into a journal beside the result, and the same command goes on fro
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from pyfold import __version__, allocation, distributed, function_metric, ops
+from pyfold import __version__, distributed, function_plan, ops
 from pyfold.budget import Budget, make_budget
-from pyfold.calibration import CACHE, LENGTH, SEQUENCES, Cache, Calibration, calibrate
+from pyfold.calibration import CACHE, Cache
 from pyfold.clustering.regime import bytes_free
 from pyfold.deliver import huggingface
 from pyfold.errors import PyfoldError
-from pyfold.families import Family, FoldGroup, family_of
-from pyfold.families.activations import BATCH, Activations, decoder, divergences_bytes, information, information_bytes
+from pyfold.families import Family, family_of
+from pyfold.families.activations import Activations, decoder
 from pyfold.io.checkpoint import INDEX, Checkpoint, open_checkpoint
 from pyfold.io.destination import Destination
 from pyfold.io.output import Output
 from pyfold.io.safetensors import TensorInfo
 from pyfold.jobs import ByFunction, Finished, make_jobs, run_jobs
 from pyfold.plan import Plan, least_parameters, make_plan, parse_size
+from pyfold.progress import Progress
 from pyfold.report import FoldReport, GpuReport, GroupReport, peak_rss_bytes, rss_bytes
 from pyfold.streams import Gpu, open_device
-from pyfold.survey import survey
 from pyfold.trace import Trace
 
-# done, total, what: called as work proceeds, in bytes of source weights.
-Progress = Callable[[int, int, str], None]
 METRICS = ("weight", "function")
 REPAIRS = ("none", "ridge")
 ALLOCATIONS = ("uniform", "auto")
 PROFILES = ("per-layer", "stock")
-INFORMING, SURVEYING = 64, 64  # sequences of the text that are enough for the information, and for the widths
 
 
 def fold_checkpoint(
@@ -133,7 +127,7 @@ def fold_checkpoint(
         names or that runs here, else on this machine. All nodes must see source and destination. ``host_memory`` is then for
         each task.
     progress : callable, optional
-        Called as ``progress(bytes_done, bytes_total, what)``.
+        Called as ``progress(done, total, what)``: bytes of source weights, or what ``what`` names behind a comma.
 
     Returns
     -------
@@ -195,7 +189,7 @@ def fold_checkpoint(
     stamps = _stamps(sources)
     seen = None
     if metric == "function":
-        seen, prepared = _see(prepared, str(calibration), Path(dst).absolute(), stamps, progress)
+        seen, prepared = _see(prepared, str(calibration), Path(dst).absolute(), stamps, seed, progress)
     plan, options = prepared.plan, prepared.options
     backend, gpu, budget = prepared.computed_by, prepared.gpu, prepared.budget
     config = huggingface.patched_config(checkpoint, family, plan, dtype)
@@ -368,7 +362,7 @@ def prepare(
             options |= {"allocate": allocate}
         forks = len(plan.groups) if allocate == "auto" else 0
         widths = {group.name: group.width if forks else k for group, k in plan.groups}  # auto: up to all units
-        in_layers = {group.name: _function_bytes(checkpoint, group, widths[group.name], forks) for group, _ in plan.groups}
+        in_layers = {group.name: function_plan.nbytes(checkpoint, group, widths[group.name], forks) for group, _ in plan.groups}
     spills, gpu_room = backend.startswith("cpu"), room if gpu else None
     budgeted = partial(make_budget, checkpoint, spills=spills, gpu_memory=gpu_room, beside=in_layers)
     budget = budgeted(plan, limit, held)
@@ -382,96 +376,32 @@ def prepare(
     return Prepared(checkpoint, family, plan, budget, gpu, room, backend, options, limit, allocate == "auto", profile, replan)
 
 
-class Seen(NamedTuple):
-    """What the function metric folds by: text, and the information of the loss on it about each layer's units."""
-
-    text: Calibration
-    information: list[Tensor]
-
-
 def _see(
-    prepared: Prepared, text: str, dst: Path, stamps: dict[str, list[int]], progress: Progress | None
-) -> tuple[Seen, Prepared]:
+    prepared: Prepared, text: str, dst: Path, stamps: dict[str, list[int]], seed: int, progress: Progress | None
+) -> tuple[function_plan.Seen, Prepared]:
     """What the function metric needs, and the fold with what follows from it: the widths, if they are to be found."""
-    checkpoint, options = prepared.checkpoint, dict(prepared.options)
+    checkpoint, plan, options, backend = prepared.checkpoint, prepared.plan, prepared.options, prepared.backend
     cache = Cache(dst.with_name(dst.name + CACHE))
-    room = prepared.limit - rss_bytes()
-    calibration = calibrate(checkpoint, text, cache, stamps, room, seed=options.get("seed", 0), progress=progress)
-    options |= calibration.identity
-    key = {
-        "pyfold": __version__,
-        "sources": stamps,
-        "calibration": options["calibration_sha256"],
-        "sequences": [INFORMING, SURVEYING],
-        "backend": prepared.backend,
-        "torch": torch.__version__,
-    }
-    known = cache.get("information", key)
-    if not _numbers(known):
-        tokens, dtype = calibration.tokens[:INFORMING], ops.product_dtype(prepared.backend)
-        needs, room = information_bytes(checkpoint, LENGTH, dtype), prepared.limit - rss_bytes()
-        if needs > room:
-            raise PyfoldError(
-                f"host_memory: gradients for the function metric take {needs / 2**20:.0f} MiB, and {room / 2**20:.0f} are left"
-            )
-        found = information(checkpoint, tokens, dtype, progress)
-        known = [values.tolist() for values in found]
-        cache.put("information", key, known)
-    options["information_sha256"] = hashlib.sha256(json.dumps(known).encode()).hexdigest()
-    seen = Seen(calibration, [torch.tensor(values) for values in known])
-    prepared = replace(prepared, options=options)
-    return seen, _allocated(prepared, seen, cache, key, progress) if prepared.auto else prepared
-
-
-def _numbers(values: Any) -> bool:
-    """Whether these are lists of numbers, as they were kept."""
-    return isinstance(values, list) and all(
-        isinstance(each, list) and all(isinstance(value, float) for value in each) for each in values
+    seen = function_plan.see(
+        checkpoint, text, cache, stamps, seed=seed, limit=prepared.limit, backend=backend, progress=progress
     )
-
-
-def _allocated(prepared: Prepared, seen: Seen, cache: Cache, key: dict[str, Any], progress: Progress | None) -> Prepared:
-    """With the widths that cost the whole model least."""
-    checkpoint, plan, options = prepared.checkpoint, prepared.plan, prepared.options
-    groups = [group for group, _ in plan.groups]
-    key = key | {"groups": [group.name for group in groups], "repair": options["repair"]}
-    errors = cache.get("errors", key)
-    if not _numbers(errors) or list(map(len, errors)) != [group.width for group in groups]:
-        found = survey(
-            checkpoint,
-            groups,
-            seen.text.tokens[:SURVEYING],
-            information=seen.information,
-            ridge=options["repair"] == "ridge",
-            backend=prepared.backend,
-            progress=progress,
-        )
-        errors = [curve.tolist() for curve in found]
-        cache.put("errors", key, errors)
-    costs = [sum(checkpoint.tensors[name].n_parameters for name in group.tensors) // group.width for group in groups]
-    curves = [allocation.Curve(np.array(curve), cost) for curve, cost in zip(errors, costs, strict=True)]
-    multiple = options["multiple_of"] or 1
-    widths = best = allocation.allocate(curves, plan.room, multiple_of=multiple)
-    notes = [
-        f"widths by measured KL divergence, estimated to sum up to {allocation.total_error(curves, best):.4f} nats a token"
-    ]
-    if prepared.profile == "stock":
-        widths = [allocation.common_width(curves, plan.room, multiple_of=multiple)] * len(groups)
-        notes.append(f"one width for all, {widths[0]}: estimated {allocation.total_error(curves, widths):.4f} nats")
-    plan, budget = prepared.replan({group.layer: width for group, width in zip(groups, widths, strict=True)})
-    options = options | {"widths": widths}
-    return replace(prepared, plan=replace(plan, notes=plan.notes + notes), budget=budget, options=options)
-
-
-def _function_bytes(checkpoint: Checkpoint, group: FoldGroup, k: int, forks: int) -> int:
-    """Hidden states, also of forks, a batch of them on its way through attention and that layer's weights; what the metric
-    takes."""
-    hidden = checkpoint.config["hidden_size"]
-    surveyed = SURVEYING + forks * SURVEYING // function_metric.HELD_OUT
-    states = 4 * max(SEQUENCES, surveyed) * LENGTH * hidden
-    attention = 4 * 4 * hidden * hidden + 8 * 4 * BATCH * hidden
-    divergences = divergences_bytes(checkpoint) if forks else 0
-    return states + max(attention + function_metric.nbytes(group.width, k, hidden), divergences)
+    options = options | seen.identity
+    if not prepared.auto:
+        return seen, replace(prepared, options=options)
+    widths, notes = function_plan.find_widths(
+        checkpoint,
+        plan,
+        seen,
+        cache,
+        multiple_of=options["multiple_of"] or 1,
+        common=prepared.profile == "stock",
+        ridge=options["repair"] == "ridge",
+        backend=backend,
+        progress=progress,
+    )
+    plan, budget = prepared.replan({group.layer: width for (group, _), width in zip(plan.groups, widths, strict=True)})
+    plan = replace(plan, notes=plan.notes + notes)
+    return seen, replace(prepared, plan=plan, budget=budget, options=options | {"widths": widths})
 
 
 def _write_weights(
@@ -480,7 +410,7 @@ def _write_weights(
     progress: Progress | None,
     trace: Trace,
     ray: Literal[True] | str | None,
-    seen: Seen | None,
+    seen: function_plan.Seen | None,
 ) -> tuple[list[GroupReport], dict[str, str], dict[str, str]]:
     """Do every job that no earlier run has done. Returns the groups' reports, the hashes of what was read and written."""
     checkpoint, plan = prepared.checkpoint, prepared.plan
@@ -513,18 +443,19 @@ def _write_weights(
     finished = frozenset(source)
     limited = prepared.gpu.limited(prepared.gpu_memory) if prepared.gpu else nullcontext()
     with limited, Output(stage.folder, plan.tensors, plan.shards, finished) as output:
+        function = _by_function(prepared, output, seen, finished) if seen else None
         if ray:
             run = partial(distributed.run_jobs, ray if isinstance(ray, str) else None)
         else:
-            function = _by_function(prepared, output, seen, finished) if seen else None
             run = partial(run_jobs, gpu=prepared.gpu, function=function)
-        run(jobs, output, plan, prepared.budget, prepared.backend, record=record, advance=advance, trace=trace)
+        with closing(function.activations) if function else nullcontext():
+            run(jobs, output, plan, prepared.budget, prepared.backend, record=record, advance=advance, trace=trace)
     assert result.keys() == plan.tensors.keys(), f"not written: {plan.tensors.keys() - result.keys()}"
     advance(0, "done")
     return [reports[group.name] for group, _ in plan.groups], source, result
 
 
-def _by_function(prepared: Prepared, output: Output, seen: Seen, finished: frozenset[str]) -> ByFunction:
+def _by_function(prepared: Prepared, output: Output, seen: function_plan.Seen, finished: frozenset[str]) -> ByFunction:
     """Tensors ``finished`` by a run that was stopped are seen as they were folded."""
 
     def place(name: str) -> TensorInfo:

@@ -6,7 +6,8 @@ scale is measured: the KL divergence of what the model says on text with that gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from pyfold.families.activations import Activations
 from pyfold.function_metric import HELD_OUT, fold_units, moments
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.safetensors import Reader
+from pyfold.progress import Progress
 
 MEASURED = 0.75  # of the units stay where a group's scale is measured
 _SHRINK = 1.0  # λ of the curves: about what folding takes
@@ -33,13 +35,13 @@ def survey(
     information: Sequence[Tensor],
     ridge: bool,
     backend: str,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[NDArray[np.float64]]:
     """Of each group, in layer order, its error with 1..N units, in nats per token. ``information``: of each layer's units."""
-    activations = Activations(checkpoint, tokens, checkpoint.tensors.__getitem__, ops.product_dtype(backend))
     probes = slice(HELD_OUT - 1, None, HELD_OUT)
     curves = []
-    with Reader() as reader:
+    dtype = ops.product_dtype(backend)
+    with Reader() as reader, closing(Activations(checkpoint, tokens, checkpoint.tensors.__getitem__, dtype)) as activations:
         for i, group in enumerate(groups):
             if progress:
                 progress(i, len(groups), f"surveying {group.name}")
@@ -57,8 +59,8 @@ def survey(
             activations.fork(probes, mlp.kept(folded.kept, folded.consumer))
             activations.feed(mlp)
             curves.append(curve / curve[k - 1] if curve[k - 1] > 0 else curve)
-    activations.finish()
-    return [nats * curve for nats, curve in zip(activations.divergences(probes), curves, strict=True)]
+        activations.finish()
+        return [nats * curve for nats, curve in zip(activations.divergences(probes), curves, strict=True)]
 
 
 def lost_at_every_width(consumer: Tensor, c: Tensor) -> NDArray[np.float64]:

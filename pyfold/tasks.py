@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pyfold.errors import PyfoldError
+from pyfold.progress import Progress
 
 Scores = dict[str, dict[str, float]]
 # What the harness itself would draw with, so that figures are those of its own command line.
@@ -64,7 +65,7 @@ class Tasks:
                     f"eval: task {name} runs code that the model writes, or shows it images; neither is done here"
                 )
 
-    def scores(self, model: Any, tokenizer: Any, progress: Callable[[int, int, str], None] | None = None) -> Scores:
+    def scores(self, model: Any, tokenizer: Any, progress: Progress | None = None) -> Scores:
         """Metrics of each task, with ``METRIC_stderr`` where the harness gives one; a group stands for its tasks."""
         from lm_eval.evaluator import evaluate
 
@@ -112,7 +113,7 @@ class Tasks:
 class _Requests:
     """Counts what the harness has answered: it tells its cache of each request."""
 
-    def __init__(self, tasks: list[Any], progress: Callable[[int, int, str], None]) -> None:
+    def __init__(self, tasks: list[Any], progress: Progress) -> None:
         self._tasks, self._progress, self._done = tasks, progress, 0
 
     def add_partial(self, kind: str, request: object, answer: object) -> None:

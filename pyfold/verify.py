@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from pyfold.errors import PyfoldError
 from pyfold.families import FAMILIES
 from pyfold.io.checkpoint import Checkpoint, open_checkpoint, read_json
 from pyfold.io.safetensors import Reader, as_bytes
+from pyfold.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Verification:
     n_bytes: int
 
 
-def verify_checkpoint(path: str | Path, *, progress: Callable[[int, int, str], None] | None = None) -> Verification:
+def verify_checkpoint(path: str | Path, *, progress: Progress | None = None) -> Verification:
     """Check a result of :func:`pyfold.fold_checkpoint`; reads every byte of its weights once, and holds few of them.
 
     Parameters

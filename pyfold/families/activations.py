@@ -7,6 +7,7 @@ One decoder layer is in memory at a time, as transformers runs it, and of the to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +16,15 @@ from torch.nn import Module, Parameter
 from torch.nn.functional import cross_entropy, kl_div, linear
 
 from pyfold.errors import PyfoldError
+from pyfold.families.base import prefix_of
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.safetensors import Reader, TensorInfo
+from pyfold.progress import Progress
 
 BATCH = 1 << 12  # tokens that go through a layer together
 _LOGITS = 1 << 8  # tokens whose logits are in memory together
 _KEPT = 1 << 28  # bytes of hidden states that are kept for the way back, or those of one sequence
-_HEAD, _EMBEDDING, _NORM = "lm_head.weight", "embed_tokens.weight", "norm.weight"
+HEAD, EMBEDDING, NORM = "lm_head.weight", "embed_tokens.weight", "norm.weight"
 _ATTENTION = "self_attn."
 _FED = ("gate_proj.weight", "up_proj.weight", "down_proj.weight", "gate_proj.bias", "up_proj.bias", "down_proj.bias")
 _OWN = ("auto_map", "architectures", "per_layer_config", "torch_dtype", "dtype")  # of config.json, not of the decoder itself
@@ -93,7 +96,7 @@ class Layers:
                 "calibration sequence; fold by weights alone (metric weight)"
             )
         self._tensors, self._place, self._dtype = checkpoint.tensors, place, dtype
-        self._prefix = "model." if any(name.startswith("model.") for name in checkpoint.tensors) else ""
+        self._prefix = prefix_of(checkpoint)
         rotary = type(self._model.rotary_emb)(config=self._model.config)
         self._rotation = [part.to(dtype) for part in rotary(torch.empty(1), torch.arange(length)[None])]
         self._reader = Reader()
@@ -107,7 +110,7 @@ class Layers:
 
     def embedded(self, tokens: Tensor) -> Tensor:
         """(sequences, length, hidden), fp32: the rows of the embedding that tokens name."""
-        embedding = self._tensors[self._prefix + _EMBEDDING]
+        embedding = self._tensors[self._prefix + EMBEDDING]
         width = embedding.shape[1]
         distinct, inverse = torch.unique(tokens, return_inverse=True)
         rows = [self._reader.block(embedding, range(row, row + 1), range(width), width) for row in distinct.tolist()]
@@ -147,9 +150,9 @@ class Layers:
         return Mlp(gate, up, down, gate_bias, up_bias, down_bias, self._model.layers[i].mlp.act_fn)
 
     def load_head(self) -> None:
-        name = _HEAD if _HEAD in self._tensors else self._prefix + _EMBEDDING
+        name = HEAD if HEAD in self._tensors else self._prefix + EMBEDDING
         self._head = self._reader.read(self._tensors[name]).to(self._dtype)
-        put(self._model.norm, "weight", self._reader.read(self._tensors[self._prefix + _NORM]).float())
+        put(self._model.norm, "weight", self._reader.read(self._tensors[self._prefix + NORM]).float())
 
     def logits(self, states: Tensor) -> Tensor:
         """(..., hidden) behind the last layer -> (..., vocabulary), fp32."""
@@ -172,6 +175,10 @@ class Activations:
         self._hidden = self._layers.embedded(tokens)
         self._forks: list[Tensor] = []
         self._to_come: list[Tensor] = []  # forks that are past this layer already
+
+    def close(self) -> None:
+        """Close the files."""
+        self._layers.close()
 
     def inputs(self, layer: int) -> Iterator[Tensor]:
         """What the feed-forward network of a layer reads: batches of whole sequences, (sequences, length, hidden)."""
@@ -242,17 +249,19 @@ class Activations:
             batch += mlp.output(self._layers.normed(self._layer, batch))
 
 
-def information(
-    checkpoint: Checkpoint, tokens: Tensor, dtype: torch.dtype, progress: Callable[[int, int, str], None] | None = None
-) -> list[Tensor]:
+def information(checkpoint: Checkpoint, tokens: Tensor, dtype: torch.dtype, progress: Progress | None = None) -> list[Tensor]:
     """Of each layer's units, Σ (h ∂L/∂h)² over tokens (sequences, length), (N,) fp32: what the loss L = -Σ ln p(next token)
     would notice of their going. On text that the model wrote this is the diagonal of its Fisher information about gains of the
     units."""
-    layers = Layers(checkpoint, tokens.shape[1], checkpoint.tensors.__getitem__, dtype)
+    with closing(Layers(checkpoint, tokens.shape[1], checkpoint.tensors.__getitem__, dtype)) as layers:
+        return _information(layers, tokens, _kept_at_once(checkpoint, tokens.shape[1]), progress)
+
+
+def _information(layers: Layers, tokens: Tensor, at_once: int, progress: Progress | None) -> list[Tensor]:
     layers.load_head()
     found: dict[int, Tensor] = {}
     done = 0
-    for part in tokens.split(_kept_at_once(checkpoint, tokens.shape[1])):
+    for part in tokens.split(at_once):
         with torch.no_grad():
             entering = [layers.embedded(part)]
             for i in range(len(layers)):
@@ -277,7 +286,6 @@ def information(
             seen = (units.detach().float() * on_units.float()).flatten(0, 1).square().sum(0)
             found[i] = found[i] + seen if i in found else seen
             layers.drop(i)
-    layers.close()
     return [found[i] for i in range(len(layers))]
 
 

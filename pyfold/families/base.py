@@ -59,3 +59,8 @@ class Family(Protocol):
 
     def fold_groups(self, checkpoint: Checkpoint) -> list[FoldGroup]:
         """Every fold group of a checkpoint, in layer order; shapes checked against config.json."""
+
+
+def prefix_of(checkpoint: Checkpoint) -> str:
+    """What stands before the names of a decoder's tensors: nothing in a checkpoint of the bare decoder (LlamaModel)."""
+    return "model." if any(name.startswith("model.") for name in checkpoint.tensors) else ""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyfold.errors import PyfoldError
-from pyfold.families.base import FoldGroup
+from pyfold.families.base import FoldGroup, prefix_of
 from pyfold.io.checkpoint import Checkpoint
 
 _WIDTH = "intermediate_size"
@@ -38,8 +38,7 @@ class DecoderFamily:
             ):
                 raise PyfoldError(f"{config_path}: per_layer_config may say {_WIDTH} of a layer, got {layer!r}: {values!r:.60}")
             overrides[int(layer)] = values
-        # A checkpoint of the bare decoder (LlamaModel) has no "model." in front.
-        prefix = "model." if any(name.startswith("model.") for name in checkpoint.tensors) else ""
+        prefix = prefix_of(checkpoint)
         groups = []
         for layer in range(n_layers):
             width = _positive({**checkpoint.config, **overrides.get(layer, {})}, _WIDTH, config_path)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pyfold.families.activations import decoder, put
+from pyfold.families.activations import EMBEDDING, HEAD, NORM, decoder, put
+from pyfold.families.base import prefix_of
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.safetensors import Reader
 
-_HEAD = "lm_head.weight"
 _ATTENTION = "pyfold_last_token"
 
 
@@ -64,13 +64,13 @@ class Writer:
         self._model = decoder(checkpoint, attention=_ATTENTION)
         self._tensors, self._length, self._resident = checkpoint.tensors, length, resident
         self._dtype = dtype_of(checkpoint)
-        self._prefix = "model." if any(name.startswith("model.") for name in checkpoint.tensors) else ""
+        self._prefix = prefix_of(checkpoint)
         rotary = type(self._model.rotary_emb)(config=self._model.config)
         self._rotation = [part.to(self._dtype) for part in rotary(torch.empty(1), torch.arange(length)[None])]
         with Reader() as reader:
-            self._embedding = self._read(reader, f"{self._prefix}embed_tokens.weight")
-            self._head = self._read(reader, _HEAD) if _HEAD in self._tensors else self._embedding
-            put(self._model.norm, "weight", self._read(reader, f"{self._prefix}norm.weight"))
+            self._embedding = self._read(reader, self._prefix + EMBEDDING)
+            self._head = self._read(reader, HEAD) if HEAD in self._tensors else self._embedding
+            put(self._model.norm, "weight", self._read(reader, self._prefix + NORM))
             if resident:
                 for i in range(len(self._model.layers)):
                     self._load(reader, i)
@@ -79,10 +79,11 @@ class Writer:
         """The tokens (sequences,) of one place after another, ``begin`` first; ``draws`` in [0, 1): (sequences, length - 1)."""
         seen = _seen(len(self._model.layers), self._length)
         tokens = torch.full((len(draws),), begin)
-        with torch.inference_mode(), Reader() as reader:
-            yield tokens
+        yield tokens
+        with Reader() as reader:
             for place in range(self._length - 1):
-                tokens = _at(draws[:, place], self._logits(tokens, place, seen, reader))
+                with torch.inference_mode():  # not while the caller has the tokens
+                    tokens = _at(draws[:, place], self._logits(tokens, place, seen, reader))
                 yield tokens
 
     def _logits(self, tokens: Tensor, place: int, seen: Any, reader: Reader) -> Tensor:
