@@ -187,19 +187,16 @@ def fold_checkpoint(
     if trace is not None and Path(trace).exists() and Path(trace).resolve() in {file.resolve() for file in sources}:
         raise PyfoldError(f"{trace}: the trace would replace a file of the source; choose another")
     stamps = _stamps(sources)
-    seen = None
-    if metric == "function":
-        seen, prepared = _see(prepared, str(calibration), Path(dst).absolute(), stamps, seed, progress)
-    plan, options = prepared.plan, prepared.options
-    backend, gpu, budget = prepared.computed_by, prepared.gpu, prepared.budget
-    config = huggingface.patched_config(checkpoint, family, plan, dtype)
     license = huggingface.source_license(checkpoint)
-    identity = {"pyfold": __version__, "options": options, "backend": backend, "sources": stamps}
-    n_bytes = plan.nbytes + budget.spilled
-    with (
-        Trace(trace) as timeline,
-        Destination(Path(dst), sources, identity=identity, overwrite=overwrite, n_bytes=n_bytes) as stage,
-    ):
+    n_bytes = prepared.plan.nbytes + prepared.budget.spilled
+    with Trace(trace) as timeline, Destination(Path(dst), sources, overwrite=overwrite, n_bytes=n_bytes) as stage:
+        seen = None
+        if metric == "function":
+            seen, prepared = _see(prepared, str(calibration), Path(dst).absolute(), stamps, seed, progress)
+        plan, options = prepared.plan, prepared.options
+        backend, gpu, budget = prepared.computed_by, prepared.gpu, prepared.budget
+        config = huggingface.patched_config(checkpoint, family, plan, dtype)
+        stage.begin({"pyfold": __version__, "options": options, "backend": backend, "sources": stamps})
         groups, source, result = _write_weights(prepared, stage, progress, timeline, ray, seen)
         for file in companions:
             shutil.copyfile(file, stage.folder / file.name)

@@ -23,6 +23,7 @@ from pyfold.families.activations import Activations, information
 from pyfold.families.writing import Writer
 from pyfold.function_metric import Moments, fold_units, moments
 from pyfold.io.checkpoint import open_checkpoint
+from pyfold.io.destination import Destination
 from pyfold.survey import lost_at_every_width, survey
 
 BACKEND = "auto"
@@ -312,10 +313,38 @@ def test_it_goes_on_where_it_was_stopped(source: Path, text: Path, tmp_path: Pat
     monkeypatch.setattr(jobs._FunctionFold, "run", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "dst", ratio=0.25, calibration=text)
+    with pytest.raises(PyfoldError, match="cannot read the calibration text"):
+        run(source, tmp_path / "dst", ratio=0.25, calibration=tmp_path / "none")
+    with pytest.raises(PyfoldError, match=r"an unfinished run with ratio 0.25 instead of 0.5"):
+        run(source, tmp_path / "dst", ratio=0.5, calibration=text)
     again: list[str] = []
     monkeypatch.setattr(jobs._FunctionFold, "run", lambda fold: (again.append(fold.group.name), whole(fold))[1])
     assert run(source, tmp_path / "dst", ratio=0.25, calibration=text) == expected
     assert 0 < len(again) < 3
+
+
+def test_a_destination_is_refused_before_a_token_is_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyfold.calibration.Writer", written)
+    full, busy = tmp_path / "full", tmp_path / "busy"
+    full.mkdir()
+    (full / "file").touch()
+    with Destination(busy, []):
+        for dst, words in (
+            (full, "is not empty"),
+            (source / "dst", "lie in one another"),
+            (busy, "another pyfold is writing it"),
+        ):
+            with pytest.raises(PyfoldError, match=words):
+                run(source, dst, ratio=0.25)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "dst", ratio=0.25)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["full"]
+    assert [entry.name for entry in full.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("allocate", ["uniform", "auto"])
