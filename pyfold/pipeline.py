@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from pyfold import __version__, distributed, function_plan, ops
+from pyfold import __version__, distributed, function_budget, function_plan, ops
 from pyfold.budget import Budget, make_budget
 from pyfold.calibration import CACHE, Cache
 from pyfold.clustering.regime import bytes_free
@@ -357,9 +357,11 @@ def prepare(
             options |= {"seed": seed}
         if allocate == "auto":
             options |= {"allocate": allocate}
-        forks = len(plan.groups) if allocate == "auto" else 0
-        widths = {group.name: group.width if forks else k for group, k in plan.groups}  # auto: up to all units
-        in_layers = {group.name: function_plan.nbytes(checkpoint, group, widths[group.name], forks) for group, _ in plan.groups}
+        products = ops.product_dtype(backend)
+        widths = {group.name: group.width if allocate == "auto" else k for group, k in plan.groups}  # auto: up to all units
+        in_layers = {
+            group.name: function_budget.folding(checkpoint, group, widths[group.name], products) for group, _ in plan.groups
+        }
     spills, gpu_room = backend.startswith("cpu"), room if gpu else None
     budgeted = partial(make_budget, checkpoint, spills=spills, gpu_memory=gpu_room, beside=in_layers)
     budget = budgeted(plan, limit, held)
@@ -393,6 +395,7 @@ def _see(
         multiple_of=options["multiple_of"] or 1,
         common=prepared.profile == "stock",
         ridge=options["repair"] == "ridge",
+        limit=prepared.limit,
         backend=backend,
         progress=progress,
     )

@@ -152,8 +152,9 @@ def test_units_of_which_the_loss_knows_stay() -> None:
 def test_losses_at_every_width_are_those_of_regression() -> None:
     """Against the regression on the first K units, one K at a time, in fp64."""
     h, consumer = said()
-    c = sum(moments([h], BACKEND))
-    lost = lost_at_every_width(consumer, c)
+    seen = moments([h], BACKEND)
+    c = seen.fitted + seen.held_out
+    lost = lost_at_every_width(consumer, seen)
     shrunk = (c + torch.diag(c.diagonal())).double()
     order = (c.diagonal() * consumer.square().sum(0)).argsort(descending=True)
     for k in range(1, 25):
