@@ -57,7 +57,7 @@ def nbytes(n: int, k: int, hidden: int, item: int) -> int:
     whose numbers take ``item`` bytes and what its units say of a batch, the Gram matrix, or the regression."""
     consumer, columns = 4 * hidden * n, 4 * hidden * k
     seeing = 3 * item * hidden * n + BATCH * (4 * item * n + 3 * 4 * hidden)
-    solving = max(4 * k * (n + k) + 2 * columns, 3 * 4 * k * k + 4 * columns)
+    solving = max(4 * k * (n + k) + 2 * columns, 2 * 4 * k * k + 3 * columns)
     measuring = 4 * k * k + 3 * columns + 2 * consumer
     return 2 * 4 * n * n + consumer + 3 * 4 * _ROWS * n + max(seeing, 4 * n * n, solving, measuring)
 
@@ -161,8 +161,11 @@ def _regressed(
 
 
 def _solved(square: Tensor, right: Tensor) -> Tensor:
-    """``right square⁻¹``"""
-    return torch.cholesky_solve(right.T, torch.linalg.cholesky(square)).T
+    """``right square⁻¹``, in the place of ``right``: ``cholesky_solve`` would copy both."""
+    factor, solution = torch.linalg.cholesky(square), right.T
+    torch.linalg.solve_triangular(factor, solution, upper=False, out=solution)
+    torch.linalg.solve_triangular(factor.T, solution, upper=True, out=solution)
+    return right
 
 
 def _lost(consumer: Tensor, kept: Tensor, folded: Tensor, c: Tensor) -> float:

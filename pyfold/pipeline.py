@@ -235,8 +235,8 @@ def fold_checkpoint(
 
 @dataclass(frozen=True)
 class Prepared:
-    """A fold before a weight is read: what, to what, in how much memory (on a GPU: at most, 0 without one), and the options on
-    which its bytes depend."""
+    """A fold before a weight is read: what, to what, in how much memory (on a GPU: at most, 0 without one), the options on
+    which its bytes depend, and, by function, the text: ``self``, or a file."""
 
     checkpoint: Checkpoint
     family: Family
@@ -247,6 +247,7 @@ class Prepared:
     backend: str
     options: dict[str, Any]
     limit: int
+    text: str | None
     auto: bool
     profile: str
     replan: Callable[[Mapping[int, int]], tuple[Plan, Budget]]
@@ -372,7 +373,8 @@ def prepare(
 
     if gpu:
         options |= {"device": gpu.name, "libraries": gpu.libraries, "clustered_on_host": budget.clustered_on_host}
-    return Prepared(checkpoint, family, plan, budget, gpu, room, backend, options, limit, allocate == "auto", profile, replan)
+    text, auto = str(calibration) if metric == "function" else None, allocate == "auto"
+    return Prepared(checkpoint, family, plan, budget, gpu, room, backend, options, limit, text, auto, profile, replan)
 
 
 def _see(

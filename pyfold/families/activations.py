@@ -318,19 +318,23 @@ def head_of(checkpoint: Checkpoint) -> str:
     return HEAD if HEAD in checkpoint.tensors else prefix_of(checkpoint) + EMBEDDING
 
 
-def layer_parameters(checkpoint: Checkpoint, part: str = "") -> list[int]:
+def layer_tensors(checkpoint: Checkpoint, part: str = "") -> list[list[TensorInfo]]:
     """Of each layer, or of a part of it."""
     at = f"{prefix_of(checkpoint)}layers."
     return [
-        sum(info.n_parameters for name, info in checkpoint.tensors.items() if name.startswith(f"{at}{i}.{part}"))
+        [info for name, info in checkpoint.tensors.items() if name.startswith(f"{at}{i}.{part}")]
         for i in range(checkpoint.config["num_hidden_layers"])
     ]
 
 
+def layer_parameters(checkpoint: Checkpoint, part: str = "") -> list[int]:
+    """Of each layer, or of a part of it."""
+    return [sum(info.n_parameters for info in layer) for layer in layer_tensors(checkpoint, part)]
+
+
 def _layer_bytes(checkpoint: Checkpoint, dtype: torch.dtype, part: str = "") -> int:
-    """The largest layer, or part of one, and a tensor of it as it is read."""
-    at = f"{prefix_of(checkpoint)}layers."
-    read = max(info.nbytes for name, info in checkpoint.tensors.items() if name.startswith(at))
+    """The largest layer, or part of one, in memory, and a tensor of it as it is read."""
+    read = max(info.nbytes for layer in layer_tensors(checkpoint, part) for info in layer)
     return dtype.itemsize * max(layer_parameters(checkpoint, part)) + read
 
 
