@@ -162,6 +162,6 @@ def way(checkpoint: Checkpoint, room: int) -> tuple[bool, int]:
             return resident, min(wave, SEQUENCES)
     least = takes.fixed + takes.layer + _FEWEST * takes.sequence
     raise PyfoldError(
-        f"host_memory: writing calibration text takes at least {least / 2**20:.0f} MiB, and {room / 2**20:.0f} are left; give "
-        "a text with --calibration FILE"
+        f"host_memory: writing calibration text takes at least {least / 2**20:.0f} MiB ({least:,} bytes), and "
+        f"{room / 2**20:.0f} are left; give a text with --calibration FILE"
     )

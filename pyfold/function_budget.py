@@ -32,7 +32,7 @@ def survey(checkpoint: Checkpoint, groups: Sequence[FoldGroup], dtype: torch.dty
         k, n, hidden = max(1, int(MEASURED * group.width)), group.width, checkpoint.config["hidden_size"]
         curve = 4 * (4 * n * n + 3 * hidden * n)  # C twice, and in order, its factor; the consumer, in order, times that
         takes.append(function_bytes(group, k, checkpoint, max(curve, _at_work(checkpoint, group, k, dtype))))
-    return _within("measuring what the groups are worth", states + max(takes), room)
+    return _within("groups, to be surveyed for --allocate auto,", states + max(takes), room)
 
 
 def folding(checkpoint: Checkpoint, group: FoldGroup, k: int, dtype: torch.dtype) -> int:
@@ -47,14 +47,13 @@ def _states(checkpoint: Checkpoint, sequences: int) -> int:
 
 def _at_work(checkpoint: Checkpoint, group: FoldGroup, k: int, dtype: torch.dtype) -> int:
     hidden = checkpoint.config["hidden_size"]
-    networks = (4 + 3 * dtype.itemsize) * hidden * group.width  # the consumer, and all of it in the dtype of products
-    attending = networks + attending_bytes(checkpoint, dtype)
+    attending = 3 * dtype.itemsize * hidden * group.width + attending_bytes(checkpoint, dtype)
     return max(attending, function_metric.nbytes(group.width, k, hidden, dtype.itemsize))
 
 
 def _within(what: str, needs: int, room: int) -> int:
     if needs > room:
         raise PyfoldError(
-            f"host_memory: {what} takes at least {needs / 2**20:.0f} MiB, and {room / 2**20:.0f} are left ({needs:,} bytes)"
+            f"host_memory: {what} take {needs / 2**20:.0f} MiB ({needs:,} bytes), and {room / 2**20:.0f} are left"
         )
     return needs

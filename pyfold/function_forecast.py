@@ -81,12 +81,9 @@ class Pace:
 
     def before(self) -> list[Phase]:
         """The phases before folding. Raises PyfoldError where one does not fit, in the words of the fold."""
-        phases: list[Phase] = [self._gradients()]
-        if self._prepared.text == "self":
-            phases.insert(0, self._writing())
-        if self._prepared.auto:
-            phases.append(self._survey())
-        return phases
+        written: list[Phase] = [self._writing()] if self._prepared.text == "self" else []
+        surveyed = [self._survey()] if self._prepared.auto else []
+        return [*written, self._gradients(), *surveyed]
 
     def _writing(self) -> Writing:
         takes, rates = writing_bytes(self._checkpoint, LENGTH), self._rates

@@ -53,13 +53,13 @@ class Folded(NamedTuple):
 
 
 def nbytes(n: int, k: int, hidden: int, item: int) -> int:
-    """That folding N units takes beside the weights and what kernels work in: C twice and the consumer, and with them a network
-    whose numbers take ``item`` bytes and what its units say of a batch, the Gram matrix, or the regression."""
+    """That folding N units takes beside the weights and what kernels work in: C twice, and with it a network whose numbers take
+    ``item`` bytes and what its units say of a batch; or the consumer, and the Gram matrix or the regression."""
     consumer, columns = 4 * hidden * n, 4 * hidden * k
     seeing = 3 * item * hidden * n + BATCH * (4 * item * n + 3 * 4 * hidden)
     solving = max(4 * k * (n + k) + 2 * columns, 2 * 4 * k * k + 3 * columns)
     measuring = 4 * k * k + 3 * columns + 2 * consumer
-    return 2 * 4 * n * n + consumer + 3 * 4 * _ROWS * n + max(seeing, 4 * n * n, solving, measuring)
+    return 2 * 4 * n * n + 3 * 4 * _ROWS * n + max(seeing, consumer + max(4 * n * n, solving, measuring))
 
 
 def moments(said: Iterable[Tensor], backend: str) -> Moments:
@@ -96,9 +96,7 @@ def fold_units(
     Raises ValueError where C says nothing.
     """
     n = len(seen.fitted)
-    gram = ops.gram(consumer, transposed=True, backend=backend)
-    for rows, fitted, held_out in zip(gram.split(_ROWS), *(part.split(_ROWS) for part in seen), strict=True):
-        rows.mul_(fitted + held_out)
+    gram = _contributions(consumer, seen, backend)
     if information is not None:
         gain = _gains(gram.diagonal(), information)
         gram.mul_(gain).mul_(gain[:, None])
@@ -127,6 +125,14 @@ def compensate(consumer: Tensor, seen: Moments, kept: Tensor, folded: Tensor) ->
     best = min(errors, key=lambda lam: errors[lam])
     [(_, fit)] = _regressed(consumer, seen, kept, folded, (best,))
     return fit, best, errors[best]
+
+
+def _contributions(consumer: Tensor, seen: Moments, backend: str) -> Tensor:
+    """``C ∘ (VᵀV)``."""
+    gram = ops.gram(consumer, transposed=True, backend=backend)
+    for rows, fitted, held_out in zip(gram.split(_ROWS), *(part.split(_ROWS) for part in seen), strict=True):
+        rows.mul_(fitted + held_out)
+    return gram
 
 
 def _gains(energy: Tensor, information: Tensor) -> Tensor:
@@ -182,7 +188,8 @@ def _missed(consumer: Tensor, kept: Tensor, folded: Tensor) -> Tensor:
 
 def _energy(v: Tensor, c: Tensor) -> float:
     """``Σ ‖V h‖²``."""
-    return float((v @ c).mul_(v).sum(dtype=torch.float64))
+    products = (v @ c).mul_(v)
+    return sum(float(rows.double().sum()) for rows in products.split(_ROWS))  # a sum in fp64 would copy all of it
 
 
 def _share(part: float, whole: float) -> float:

@@ -347,11 +347,11 @@ class _FunctionFold:
         for read, values in stages.take(gram_reads(group, self.job.tensors, self.cut, 0)):
             reads[read.info.name], weights[read.info.name] = read, values.view(read.info.shape)
             stages.advance(read.nbytes, group.name)
-        [consumer] = (weights[name].float() for name in group.consumers)
         mlp = activations.mlp(group.layer, weights)
         with stages.trace("activations", group=group.name):
             seen = moments((mlp.units(x) for x in activations.inputs(group.layer)), stages.backend)
         del mlp
+        [consumer] = (weights[name].float() for name in group.consumers)
         stages.wait(0)  # for what was folded before: now most is in memory
         with stages.trace("fold", group=group.name):
             try:

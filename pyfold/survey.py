@@ -46,11 +46,11 @@ def survey(
             if progress:
                 progress(i, len(groups), f"surveying {group.name}")
             weights = {name: reader.read(checkpoint.tensors[name]) for name in group.tensors}
-            [consumer] = (weights[name].float() for name in group.consumers)
             mlp = activations.mlp(group.layer, weights)
             seen = moments((mlp.units(x) for x in activations.inputs(group.layer)), backend)
             k = max(1, int(MEASURED * group.width))
             del mlp
+            [consumer] = (weights[name].float() for name in group.consumers)
             try:
                 curve = lost_at_every_width(consumer, seen)
                 folded = fold_units(consumer, seen, k, ridge=ridge, backend=backend, information=information[group.layer])
