@@ -139,8 +139,8 @@ def make_budget(
     """Cut every group so that the process stays below ``host_memory`` bytes, no finer than that takes.
 
     With ``spills`` a Gram matrix may go to a file, which the backend must be able to cluster. With ``gpu_memory`` a GPU
-    computes, and takes no more than that. ``beside``: bytes of what else is in memory while a group is folded, by its name; its
-    weights are then not cut.
+    computes, and takes no more than that. ``beside``: where a group is folded by function, bytes of all else but its weights,
+    which are whole, and what the kernels work in; by its name.
 
     What is left goes to reading ahead, then to writing behind: no more than the largest tensor read at once, and the largest
     group folded.
@@ -152,9 +152,11 @@ def make_budget(
     """
     room = host_memory - process
     if gpu_memory is None:
-        whole = beside is not None
-        more = beside or dict.fromkeys((group.name for group, _ in plan.groups), 0)
-        ways = {name: _Way(gpu=False, spills=spills and not whole, whole=whole, beside=n) for name, n in more.items()}
+        others = beside or {}
+        ways = {
+            group.name: _Way(gpu=False, spills=spills and beside is None, beside=others.get(group.name))
+            for group, _ in plan.groups
+        }
     else:
         limits = gpu_budget.strip_limits(checkpoint, plan, gpu_memory, spills=spills)
         ways = {name: _Way(gpu=True, spills=limit is not None, strip=limit) for name, limit in limits.items()}
@@ -177,7 +179,7 @@ def make_budget(
         name: replace(cut, nbytes=cut.nbytes + behind, behind=behind) if cut.features else cut for name, cut in takes.items()
     }
     kernels = max(
-        _kernel_bytes(group, k, takes[group.name].strip, ways[group.name].gpu) + ways[group.name].beside
+        _kernel_bytes(group, k, takes[group.name].strip, ways[group.name].gpu) + (ways[group.name].beside or 0)
         for group, k in plan.groups
     )
     kernels += _SLACK
@@ -193,13 +195,12 @@ def make_budget(
 @dataclass(frozen=True)
 class _Way:
     """Whether a GPU computes a group's Gram matrix, whether that may lie in a file, how many bytes of it a GPU has room for
-    (None: all), whether the weights must be whole, bytes beside them."""
+    (None: all); bytes of all else, where it is folded by function."""
 
     gpu: bool
     spills: bool
     strip: int | None = None
-    whole: bool = False
-    beside: int = 0
+    beside: int | None = None
 
     @property
     def panel(self) -> int:
@@ -212,21 +213,23 @@ class _Way:
 
 def _least(group: FoldGroup, k: int, checkpoint: Checkpoint, way: _Way) -> int:
     """Bytes with which the group can be folded in some way."""
+    if way.beside is not None:
+        return function_bytes(group, k, checkpoint, way.beside)
     strips = ([None] if way.strip is None else []) + ([way.least_strip(group)] if way.spills else [])
-    pieces = (None,) if way.whole else (None, way.panel)
-    return way.beside + min(
-        group_bytes(group, k, checkpoint, features, strip, gpu=way.gpu) for features in pieces for strip in strips
-    )
+    pieces = (None, way.panel)
+    return min(group_bytes(group, k, checkpoint, features, strip, gpu=way.gpu) for features in pieces for strip in strips)
 
 
 def _cut(group: FoldGroup, k: int, checkpoint: Checkpoint, room: int, way: _Way) -> GroupBudget:
     """The best way to fold a group in so many bytes, which must do for one."""
     n, panel = group.width, way.panel
     whole = sum(checkpoint.tensors[name].nbytes for name in group.tensors)
+    if way.beside is not None:
+        return GroupBudget(None, None, function_bytes(group, k, checkpoint, way.beside), whole)
     most = max(checkpoint.tensors[name].n_parameters // n for name in group.tensors)
     sizes = range(-(-most // panel) * panel, 0, -panel)
-    for features in (None, *(() if way.whole else sizes)) if way.strip is None else ():
-        nbytes = group_bytes(group, k, checkpoint, features, gpu=way.gpu) + way.beside
+    for features in (None, *sizes) if way.strip is None else ():
+        nbytes = group_bytes(group, k, checkpoint, features, gpu=way.gpu)
         if nbytes <= room:
             return GroupBudget(features, None, nbytes, whole if features is None else 0)
     least = way.least_strip(group)
@@ -271,6 +274,12 @@ def group_bytes(
         in_hand += pieces
     packed = 0 if gpu else _packed(n)
     return max(gram + in_hand + packed, clustered + kept + _clustering(n, k, strip), in_hand + merged) + _SLACK
+
+
+def function_bytes(group: FoldGroup, k: int, checkpoint: Checkpoint, beside: int) -> int:
+    """Peak of folding a group by function, where all but its weights and what kernels work in takes ``beside``."""
+    whole = sum(checkpoint.tensors[name].nbytes for name in group.tensors)
+    return whole + _kernel_bytes(group, k, None, gpu=False) + beside + _SLACK
 
 
 def _kernel_bytes(group: FoldGroup, k: int, strip: int | None, gpu: bool) -> int:

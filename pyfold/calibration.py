@@ -129,7 +129,7 @@ def _written(checkpoint: Checkpoint, tokenizer: Any, room: int, seed: int, progr
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if begin is None:
         raise PyfoldError("calibration: the tokenizer has no token to begin a text with; give a text with --calibration FILE")
-    resident, wave = _way(checkpoint, room)
+    resident, wave = way(checkpoint, room)
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(SEQUENCES, LENGTH - 1, generator=generator)
     draws[:, 0] = (draws[:, 0] + torch.randperm(SEQUENCES, generator=generator)) / SEQUENCES
@@ -153,7 +153,7 @@ def _written(checkpoint: Checkpoint, tokenizer: Any, room: int, seed: int, progr
     return tokens
 
 
-def _way(checkpoint: Checkpoint, room: int) -> tuple[bool, int]:
+def way(checkpoint: Checkpoint, room: int) -> tuple[bool, int]:
     """Whether all layers are in memory, and how many sequences are written together, in so many bytes."""
     takes = writing_bytes(checkpoint, LENGTH)
     for resident, held in ((True, takes.fixed + takes.layers), (False, takes.fixed + takes.layer)):
@@ -162,6 +162,6 @@ def _way(checkpoint: Checkpoint, room: int) -> tuple[bool, int]:
             return resident, min(wave, SEQUENCES)
     least = takes.fixed + takes.layer + _FEWEST * takes.sequence
     raise PyfoldError(
-        f"host_memory: writing calibration text takes at least {least / 2**20:.0f} MiB, and {room / 2**20:.0f} are left; give "
-        "a text with --calibration FILE"
+        f"host_memory: writing calibration text takes at least {least / 2**20:.0f} MiB ({least:,} bytes), and "
+        f"{room / 2**20:.0f} are left; give a text with --calibration FILE"
     )

@@ -172,10 +172,14 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
+    from pyfold.budget import return_memory_at_once
     from pyfold.forecast import forecast
     from pyfold.pipeline import prepare
+    from pyfold.plan import parse_time
     from pyfold.report import forecast_table
 
+    return_memory_at_once()
+    max_seconds = float("inf") if args.max_time is None else parse_time(args.max_time, "max_time")
     prepared = prepare(
         args.source,
         **_widths(args),
@@ -187,13 +191,19 @@ def _plan(args: argparse.Namespace) -> None:
         device=args.device,
         gpu_memory=args.gpu_memory,
         backend=args.backend,
+        metric=args.metric,
+        calibration=args.calibration,
+        repair=args.repair,
+        allocate=args.allocate,
+        profile=args.profile,
     )
     found = forecast(prepared, Path(args.destination) if args.destination else None)
+    notes = prepared.plan.notes + found.beyond(max_seconds)
     if args.json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print(json.dumps({**found.to_dict(), "notes": notes}, indent=2))
     elif not args.quiet:
         print(forecast_table(found))
-        for note in prepared.plan.notes:
+        for note in notes:
             print(f"note: {note}")
 
 
@@ -340,6 +350,16 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("destination", metavar="DST", nargs="?", help="folder that the fold would write")
     _width_options(plan, required=False)
     _run_options(plan)
+    plan.add_argument("--metric", default="weight", help="as of fold; by function, phase by phase (default weight)")
+    plan.add_argument("--calibration", default="self", metavar="FILE", help="as of fold (default self)")
+    plan.add_argument("--repair", default="ridge", help="as of fold (default ridge)")
+    plan.add_argument("--allocate", default="uniform", help="as of fold (default uniform)")
+    plan.add_argument("--profile", default="per-layer", help="as of fold (default per-layer)")
+    plan.add_argument(
+        "--max-time",
+        metavar="TIME",
+        help="how long the model may take to write its text, as in 10min; says what to do where it takes longer",
+    )
     _common_options(plan)
     plan.set_defaults(run=_plan)
 

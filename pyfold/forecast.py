@@ -24,15 +24,18 @@ from torch import Tensor
 
 from pyfold import ops
 from pyfold.clustering import cluster
+from pyfold.families.writing import dtype_of
+from pyfold.function_forecast import Pace, Phase, Writing
 from pyfold.gpu_budget import OVERHEAD, PANEL
 from pyfold.io.checkpoint import Checkpoint
-from pyfold.io.safetensors import ITEM_SIZE, torch_dtype
+from pyfold.io.safetensors import ITEM_SIZE, dtype_name, torch_dtype
 from pyfold.jobs import make_jobs, reads_of
 from pyfold.memory import Pool, empty
 from pyfold.pipeline import Prepared
 from pyfold.reads import gram_reads, strips_of
 from pyfold.streams import Gpu, Queue
 
+_PRODUCT = 2048  # rows and columns of what torch multiplies, as long as a batch on its way through a layer is about
 _COPIED_ROWS = 1 << 13  # of a panel on its way to a GPU, and back: 16 MiB
 _DISK_BYTES = 1 << 27  # of a probe, unless half a second is over before
 _PROBE_SECONDS = 0.5
@@ -46,12 +49,14 @@ _MEMORY = 5e9  # bytes/s of merging, of checking, of making room: two passes at 
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s of the half product by dtype; clustering, x as slow as where it was measured; bytes/s of the others.
+    """FLOP/s of the half product by dtype, and of torch's products for the function metric; clustering, x as slow as where it
+    was measured; bytes/s of the others.
 
     ``up`` and ``down``: to and from a GPU; infinite without one.
     """
 
     gram: dict[str, float]
+    products: dict[str, float]
     clustering: float
     hash: float
     read: float
@@ -82,13 +87,17 @@ class Forecast:
     ----------
     groups : list of GroupForecast
         In the order in which they will be folded.
+    phases : list of Phase
+        One after another; by weights all is folding.
     peak, process, ahead, spare : int
         VmHWM of the process; what interpreter and imports hold of it, what may be read ahead, and lie idle to be used again.
     flops : float
+        Of folding.
     bytes_read, bytes_written : int
     disk_free, disk_needed : int
         Of the destination.
     seconds : float
+        Of all phases; what follows is of folding.
     computing, reading_and_writing, hashing, copying : float
         Seconds each would take alone; copying is to and from a GPU.
     limited_by : str
@@ -99,6 +108,7 @@ class Forecast:
     """
 
     groups: list[GroupForecast]
+    phases: list[Phase]
     peak: int
     process: int
     ahead: int
@@ -122,20 +132,33 @@ class Forecast:
         """Plain JSON types."""
         return asdict(self)
 
+    def beyond(self, max_seconds: float) -> list[str]:
+        """What to say where text takes longer to write than a user would wait."""
+        return [
+            f"writing text takes {phase.seconds:,.0f} s, longer than {max_seconds:,.0f}; give a text with --calibration FILE"
+            for phase in self.phases
+            if isinstance(phase, Writing) and phase.seconds > max_seconds
+        ]
+
 
 def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
     """The forecast of a prepared fold. Probes for at most 3 s; ``destination``'s disk only where it is given."""
     checkpoint, plan, budget = prepared.checkpoint, prepared.plan, prepared.budget
     dtypes = {checkpoint.tensors[name].dtype for group, _ in plan.groups for name in group.tensors}
+    products = set()
+    if prepared.text is not None:
+        dtypes = {"F32", dtype_name(ops.product_dtype(prepared.backend))}
+        products = dtypes | {dtype_name(dtype_of(checkpoint))}
     where = _existing(destination or checkpoint.path)
     gpu = prepared.gpu
     with gpu.limited(prepared.gpu_memory) if gpu else nullcontext():
-        rates = probe(prepared, dtypes, where if destination else None)
+        rates = probe(prepared, dtypes, products, where if destination else None)
+    pace = None if prepared.text is None else Pace(prepared, rates)
+    phases = pace.before() if pace else []
     groups, up, down, merged = [], 0, 0, 0
     for group, k in plan.groups:
         members = [checkpoint.tensors[name] for name in group.tensors]
         n, cut = group.width, budget.groups[group.name]
-        flops = {info.name: float(n) * info.n_parameters for info in members}
         made = sum(prod(plan.tensors[info.name][1]) * ITEM_SIZE[plan.tensors[info.name][0]] for info in members)
         merged += made
         moved = sum(info.nbytes for info in members) + (0 if gpu else made)
@@ -143,11 +166,15 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
         up += sum(read.nbytes for begin, _ in strips for read in gram_reads(group, members, cut, begin) if read.rows)
         up += sum(info.nbytes for info in members)
         down += made + 4 * sum((end - begin) * (n - begin) for begin, end in strips if cut.strip is not None)
-        seconds = sum(flops[info.name] / rates.gram[info.dtype] for info in members)
+        if pace:
+            flops, seconds = pace.folding(group, k)
+        else:
+            flops = float(n) * sum(info.n_parameters for info in members)
+            seconds = sum(float(n) * info.n_parameters / rates.gram[info.dtype] for info in members)
         seconds += rates.clustering * _clustering(n, k) + moved / _MEMORY
         seconds += _SPILLED * 4 * n * n * (cut.strip is not None)
         rows = None if cut.strip is None else strips[0][1]
-        groups.append(GroupForecast(group.name, n, k, cut.features, rows, cut.nbytes, sum(flops.values()), seconds))
+        groups.append(GroupForecast(group.name, n, k, cut.features, rows, cut.nbytes, flops, seconds))
     reads = [read for job in make_jobs(checkpoint, plan) for read in reads_of(job, budget)]
     bytes_read = sum(read.info.nbytes if read.rows is None else read.nbytes for read in reads)
     hashed = sum(read.info.nbytes if read.rows is None else read.nbytes if read.digest else 0 for read in reads)
@@ -155,8 +182,10 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
     changed = [tensor for name, tensor in plan.tensors.items() if name in folded or tensor[0] != checkpoint.tensors[name].dtype]
     written = sum(prod(shape) * ITEM_SIZE[dtype] for dtype, shape in changed)  # what is hashed as it is written
     others = sum(info.nbytes for name, info in checkpoint.tensors.items() if name not in folded)
+    passed_by, again = pace.passed_by() if pace else (0.0, 0)
+    bytes_read += again
     stages = {
-        "computing": sum(group.seconds for group in groups) + others / _MEMORY,
+        "computing": sum(group.seconds for group in groups) + others / _MEMORY + passed_by,
         "reading and writing": bytes_read / rates.read + plan.nbytes / rates.write,
         "hashing": (hashed + written) / rates.hash,
         "copying to and from the GPU": max(up / rates.up, down / rates.down),
@@ -172,18 +201,20 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
     else:  # the stages overlap, but hashing takes its share of the cores from the kernels
         computing = stages["computing"] + stages["hashing"] / torch.get_num_threads()
         seconds, limited_by = max(computing, *stages.values()), max(stages, key=lambda stage: stages[stage])
+    phases.append(Phase("folding", budget.peak, seconds, bytes_read))
     return Forecast(
         groups=groups,
-        peak=budget.peak,
+        phases=phases,
+        peak=max(phase.memory for phase in phases),
         process=budget.process,
         ahead=budget.ahead,
         spare=budget.spare,
         flops=sum(group.flops for group in groups),
-        bytes_read=bytes_read,
+        bytes_read=sum(phase.bytes_read for phase in phases),
         bytes_written=plan.nbytes,
         disk_free=shutil.disk_usage(where).free,
         disk_needed=plan.nbytes + budget.spilled,
-        seconds=seconds,
+        seconds=sum(phase.seconds for phase in phases),
         computing=stages["computing"],
         reading_and_writing=stages["reading and writing"],
         hashing=stages["hashing"],
@@ -195,8 +226,8 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
     )
 
 
-def probe(prepared: Prepared, dtypes: set[str], destination: Path | None) -> Rates:
-    """Measure the rates: about a second, at most 3."""
+def probe(prepared: Prepared, dtypes: set[str], products: set[str], destination: Path | None) -> Rates:
+    """Measure the rates, of the Gram kernel and of torch's products by dtype: about a second, at most 3."""
     gpu = prepared.gpu
     up, down = _copy_rates(gpu) if gpu else (float("inf"), float("inf"))
     generator = torch.Generator().manual_seed(0)
@@ -212,6 +243,7 @@ def probe(prepared: Prepared, dtypes: set[str], destination: Path | None) -> Rat
         speeds[dtype] = n * n * n / _best(multiply, 0.6 / len(dtypes), gpu)
         del points, multiply
     del gram
+    factor = x[:_PRODUCT, :_PRODUCT].contiguous()
     if gpu and not prepared.budget.clustered_on_host:
         clustering = _clustering_rate(prepared, gpu, x)
     else:
@@ -223,6 +255,11 @@ def probe(prepared: Prepared, dtypes: set[str], destination: Path | None) -> Rat
     read = _read_rate(prepared.checkpoint)
     return Rates(
         gram=speeds,
+        products={
+            dtype: 2 * _PRODUCT**3 / _best(partial(torch.matmul, same, same), 0.3 / len(products))
+            for dtype in sorted(products)
+            for same in [factor.to(torch_dtype(dtype))]
+        },
         clustering=clustering,
         hash=len(blob) / _best(lambda: hashlib.sha256(blob), 0.1),
         read=read,

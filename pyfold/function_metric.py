@@ -12,7 +12,8 @@ with λ the best on tokens held out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from pyfold.families.activations import BATCH
 
 LAMBDAS = (0.03, 0.1, 0.3, 1.0, 3.0)
 HELD_OUT = 8  # of so many sequences, one
+_ROWS = 1 << 8  # of C that are summed at a time
 
 
 class Moments(NamedTuple):
@@ -31,6 +33,10 @@ class Moments(NamedTuple):
 
     fitted: Tensor
     held_out: Tensor
+
+    def at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Entries (n,) of their sum."""
+        return self.fitted[rows, columns] + self.held_out[rows, columns]
 
 
 class Folded(NamedTuple):
@@ -46,11 +52,14 @@ class Folded(NamedTuple):
     error: float
 
 
-def nbytes(n: int, k: int, hidden: int) -> int:
-    """That folding N units takes beside a Gram matrix and the weights: their fp32 copies, C twice and its sum, what units say
-    of a batch, and the regression."""
-    regression = 4 * (n * k + 3 * k * k + 4 * hidden * (n + k))
-    return 4 * 3 * hidden * n + 3 * 4 * n * n + max(4 * 4 * BATCH * n, regression)
+def nbytes(n: int, k: int, hidden: int, item: int) -> int:
+    """That folding N units takes beside the weights and what kernels work in: C twice, and with it a network whose numbers take
+    ``item`` bytes and what its units say of a batch; or the consumer, and the Gram matrix or the regression."""
+    consumer, columns = 4 * hidden * n, 4 * hidden * k
+    seeing = 3 * item * hidden * n + BATCH * (4 * item * n + 3 * 4 * hidden)
+    solving = max(4 * k * (n + k) + 2 * columns, 2 * 4 * k * k + 3 * columns)
+    measuring = 4 * k * k + 3 * columns + 2 * consumer
+    return 2 * 4 * n * n + 3 * 4 * _ROWS * n + max(seeing, consumer + max(4 * n * n, solving, measuring))
 
 
 def moments(said: Iterable[Tensor], backend: str) -> Moments:
@@ -71,6 +80,14 @@ def moments(said: Iterable[Tensor], backend: str) -> Moments:
     return Moments(fitted, held_out)
 
 
+def gathered(parts: Sequence[Tensor], rows: Tensor, columns: Tensor) -> Tensor:
+    """``(Σ parts)[rows][:, columns]``, without all of the sum in memory."""
+    found = torch.empty(len(rows), len(columns))
+    for into, some in zip(found.split(_ROWS), rows.split(_ROWS), strict=True):
+        into.copy_(reduce(torch.add, (part[some] for part in parts))[:, columns])
+    return found
+
+
 def fold_units(
     consumer: Tensor, seen: Moments, n_clusters: int, *, ridge: bool, backend: str, information: Tensor | None = None
 ) -> Folded:
@@ -78,8 +95,8 @@ def fold_units(
 
     Raises ValueError where C says nothing.
     """
-    c = seen.fitted + seen.held_out
-    gram = ops.gram(consumer, transposed=True, backend=backend).mul_(c)
+    n = len(seen.fitted)
+    gram = _contributions(consumer, seen, backend)
     if information is not None:
         gain = _gains(gram.diagonal(), information)
         gram.mul_(gain).mul_(gain[:, None])
@@ -90,11 +107,10 @@ def fold_units(
     clusters = cluster(gram=gram.div_(scale), n_clusters=n_clusters, overwrite_gram=True, backend=backend)
     del gram
     kept = _strongest(energy, clusters.labels, n_clusters)
-    diagonal = c.diagonal().clamp(min=torch.finfo(c.dtype).tiny)
     stands = kept[clusters.labels]
-    share = c[stands, torch.arange(len(c))] / diagonal[stands]
+    share = seen.at(stands, torch.arange(n)) / seen.at(stands, stands).clamp(min=torch.finfo(torch.float32).tiny)
     folded = ops.merge_columns(consumer, clusters.labels, n_clusters, scale=share, backend=backend)
-    if not ridge or n_clusters == len(c):
+    if not ridge or n_clusters == n:
         return Folded(clusters, kept, folded, None, _lost(consumer, kept, folded, seen.held_out))
     return Folded(clusters, kept, *compensate(consumer, seen, kept, folded))
 
@@ -102,11 +118,21 @@ def fold_units(
 def compensate(consumer: Tensor, seen: Moments, kept: Tensor, folded: Tensor) -> tuple[Tensor, float, float]:
     """Columns (H, K) for the units kept by ridge regression toward ``folded``, the λ that does best on tokens held out, and the
     share of the output's energy that is lost on them."""
-    tried = _regressed(consumer, seen.fitted, kept, folded, LAMBDAS)
-    errors = {lam: _lost(consumer, kept, fit, seen.held_out) for lam, fit in tried}
+    whole, errors = _energy(consumer, seen.held_out), {}
+    for lam, fit in _regressed(consumer, [seen.fitted], kept, folded, LAMBDAS):
+        errors[lam] = _share(_energy(_missed(consumer, kept, fit), seen.held_out), whole)
+        del fit  # before there is another
     best = min(errors, key=lambda lam: errors[lam])
-    [(_, fit)] = _regressed(consumer, seen.fitted + seen.held_out, kept, folded, (best,))
+    [(_, fit)] = _regressed(consumer, seen, kept, folded, (best,))
     return fit, best, errors[best]
+
+
+def _contributions(consumer: Tensor, seen: Moments, backend: str) -> Tensor:
+    """``C ∘ (VᵀV)``."""
+    gram = ops.gram(consumer, transposed=True, backend=backend)
+    for rows, fitted, held_out in zip(gram.split(_ROWS), *(part.split(_ROWS) for part in seen), strict=True):
+        rows.mul_(fitted + held_out)
+    return gram
 
 
 def _gains(energy: Tensor, information: Tensor) -> Tensor:
@@ -124,23 +150,47 @@ def _strongest(energy: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
 
 
 def _regressed(
-    consumer: Tensor, c: Tensor, kept: Tensor, folded: Tensor, lambdas: Iterable[float]
+    consumer: Tensor, parts: Sequence[Tensor], kept: Tensor, folded: Tensor, lambdas: Iterable[float]
 ) -> Iterator[tuple[float, Tensor]]:
-    """The ridge solutions (H, K), each with its λ; solved in units of equal energy, where they are well conditioned."""
-    cross = c[:, kept]
+    """The ridge solutions (H, K) on C, the sum of parts, each with its λ; solved in units of equal energy, where they are well
+    conditioned."""
+    cross = gathered(parts, torch.arange(consumer.shape[1]), kept)
     square = cross[kept]
-    scale = square.diagonal().clamp(min=torch.finfo(c.dtype).tiny).sqrt()
+    scale = square.diagonal().clamp(min=torch.finfo(square.dtype).tiny).sqrt()
     square.div_(scale).div_(scale[:, None])
-    right, toward = (consumer @ cross).div_(scale), folded * scale
+    right = (consumer @ cross).div_(scale)
     del cross
+    diagonal = square.diagonal().clone()
     for lam in lambdas:
-        factor = torch.linalg.cholesky(square + lam * torch.eye(len(square)))
-        yield lam, torch.cholesky_solve((right + lam * toward).T, factor).T.div_(scale)
+        square.diagonal().copy_(diagonal + lam)
+        yield lam, _solved(square, (folded * scale).mul_(lam).add_(right)).div_(scale)
+
+
+def _solved(square: Tensor, right: Tensor) -> Tensor:
+    """``right square⁻¹``, in the place of ``right``: ``cholesky_solve`` would copy both."""
+    factor, solution = torch.linalg.cholesky(square), right.T
+    torch.linalg.solve_triangular(factor, solution, upper=False, out=solution)
+    torch.linalg.solve_triangular(factor.T, solution, upper=True, out=solution)
+    return right
 
 
 def _lost(consumer: Tensor, kept: Tensor, folded: Tensor, c: Tensor) -> float:
     """``Σ ‖V h − W h_S‖² / Σ ‖V h‖²``."""
+    return _share(_energy(_missed(consumer, kept, folded), c), _energy(consumer, c))
+
+
+def _missed(consumer: Tensor, kept: Tensor, folded: Tensor) -> Tensor:
+    """Columns (H, N) for what the units kept do not say."""
     missed = consumer.clone()
     missed[:, kept] -= folded
-    energies = [float(((v @ c) * v).double().sum()) for v in (missed, consumer)]
-    return energies[0] / energies[1] if energies[1] else 0.0
+    return missed
+
+
+def _energy(v: Tensor, c: Tensor) -> float:
+    """``Σ ‖V h‖²``."""
+    products = (v @ c).mul_(v)
+    return sum(float(rows.double().sum()) for rows in products.split(_ROWS))  # a sum in fp64 would copy all of it
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0

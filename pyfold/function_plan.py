@@ -13,18 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyfold import __version__, allocation, function_metric, ops
-from pyfold.calibration import LENGTH, SEQUENCES, Cache, Calibration, calibrate
-from pyfold.errors import PyfoldError
-from pyfold.families import FoldGroup
-from pyfold.families.activations import BATCH, divergences_bytes, information, information_bytes
+from pyfold import __version__, allocation, function_budget, ops
+from pyfold.calibration import Cache, Calibration, calibrate
+from pyfold.families.activations import information
+from pyfold.function_budget import INFORMING, SURVEYING
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.plan import Plan
 from pyfold.progress import Progress
 from pyfold.report import rss_bytes
 from pyfold.survey import survey
-
-_INFORMING, _SURVEYING = 64, 64  # sequences of the text that are enough for the information, and for the widths
 
 
 class Seen(NamedTuple):
@@ -58,19 +55,15 @@ def see(
         "pyfold": __version__,
         "sources": stamps,
         "calibration": calibration.identity["calibration_sha256"],
-        "sequences": [_INFORMING, _SURVEYING],
+        "sequences": [INFORMING, SURVEYING],
         "backend": backend,
         "torch": torch.__version__,
     }
     known = cache.get("information", key)
     if not _numbers(known):
         dtype = ops.product_dtype(backend)
-        needs, room = information_bytes(checkpoint, LENGTH, dtype), limit - rss_bytes()
-        if needs > room:
-            raise PyfoldError(
-                f"host_memory: gradients for the function metric take {needs / 2**20:.0f} MiB, and {room / 2**20:.0f} are left"
-            )
-        found = information(checkpoint, calibration.tokens[:_INFORMING], dtype, progress)
+        function_budget.gradients(checkpoint, dtype, limit - rss_bytes())
+        found = information(checkpoint, calibration.tokens[:INFORMING], dtype, progress)
         known = [values.tolist() for values in found]
         cache.put("information", key, known)
     return Seen(calibration, [torch.tensor(values) for values in known], key)
@@ -85,15 +78,18 @@ def find_widths(
     multiple_of: int,
     common: bool,
     ridge: bool,
+    limit: int,
     backend: str,
     progress: Progress | None,
 ) -> tuple[list[int], list[str]]:
-    """Of the plan's groups those of least cost to the whole model in its room, or one in ``common``; what to say of it."""
+    """Of the plan's groups those of least cost to the whole model in its room, or one in ``common``; what to say of it.
+    ``limit``: bytes of the whole process."""
     groups = [group for group, _ in plan.groups]
     key = seen.key | {"groups": [group.name for group in groups], "ridge": ridge}
     errors = cache.get("errors", key)
     if not _numbers(errors) or list(map(len, errors)) != [group.width for group in groups]:
-        tokens = seen.text.tokens[:_SURVEYING]
+        function_budget.survey(checkpoint, groups, ops.product_dtype(backend), limit - rss_bytes())
+        tokens = seen.text.tokens[:SURVEYING]
         found = survey(
             checkpoint, groups, tokens, information=seen.information, ridge=ridge, backend=backend, progress=progress
         )
@@ -109,17 +105,6 @@ def find_widths(
         return best, notes
     widths = [allocation.common_width(curves, plan.room, multiple_of=multiple_of)] * len(groups)
     return widths, [*notes, f"one width for all, {widths[0]}: estimated {allocation.total_error(curves, widths):.4f} nats"]
-
-
-def nbytes(checkpoint: Checkpoint, group: FoldGroup, k: int, forks: int) -> int:
-    """Memory beside a group while it is folded or surveyed: hidden states, also of forks, a batch of them on its way through
-    attention and that layer's weights, and what the metric takes."""
-    hidden = checkpoint.config["hidden_size"]
-    surveyed = _SURVEYING + forks * _SURVEYING // function_metric.HELD_OUT
-    states = 4 * max(SEQUENCES, surveyed) * LENGTH * hidden
-    attention = 4 * 4 * hidden * hidden + 8 * 4 * BATCH * hidden
-    divergences = divergences_bytes(checkpoint) if forks else 0
-    return states + max(attention + function_metric.nbytes(group.width, k, hidden), divergences)
 
 
 def _numbers(values: Any) -> bool:

@@ -347,10 +347,12 @@ class _FunctionFold:
         for read, values in stages.take(gram_reads(group, self.job.tensors, self.cut, 0)):
             reads[read.info.name], weights[read.info.name] = read, values.view(read.info.shape)
             stages.advance(read.nbytes, group.name)
-        [consumer] = (weights[name].float() for name in group.consumers)
         mlp = activations.mlp(group.layer, weights)
         with stages.trace("activations", group=group.name):
             seen = moments((mlp.units(x) for x in activations.inputs(group.layer)), stages.backend)
+        del mlp
+        [consumer] = (weights[name].float() for name in group.consumers)
+        stages.wait(0)  # for what was folded before: now most is in memory
         with stages.trace("fold", group=group.name):
             try:
                 folded = fold_units(
@@ -363,7 +365,7 @@ class _FunctionFold:
                 )
             except ValueError as error:
                 raise PyfoldError(f"{self.job.tensors[0].path}: {group.name} cannot be folded: {error}") from None
-        del seen, mlp, consumer
+        del seen, consumer
         for name, values in weights.items():
             made = (folded.consumer if name in group.consumers else values[folded.kept]).to(stages.dtype(name))
             stages.pool.give_back(values)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from pyfold import __version__, distributed, function_plan, ops
+from pyfold import __version__, distributed, function_budget, function_plan, ops
 from pyfold.budget import Budget, make_budget
 from pyfold.calibration import CACHE, Cache
 from pyfold.clustering.regime import bytes_free
@@ -187,19 +187,16 @@ def fold_checkpoint(
     if trace is not None and Path(trace).exists() and Path(trace).resolve() in {file.resolve() for file in sources}:
         raise PyfoldError(f"{trace}: the trace would replace a file of the source; choose another")
     stamps = _stamps(sources)
-    seen = None
-    if metric == "function":
-        seen, prepared = _see(prepared, str(calibration), Path(dst).absolute(), stamps, seed, progress)
-    plan, options = prepared.plan, prepared.options
-    backend, gpu, budget = prepared.computed_by, prepared.gpu, prepared.budget
-    config = huggingface.patched_config(checkpoint, family, plan, dtype)
     license = huggingface.source_license(checkpoint)
-    identity = {"pyfold": __version__, "options": options, "backend": backend, "sources": stamps}
-    n_bytes = plan.nbytes + budget.spilled
-    with (
-        Trace(trace) as timeline,
-        Destination(Path(dst), sources, identity=identity, overwrite=overwrite, n_bytes=n_bytes) as stage,
-    ):
+    n_bytes = prepared.plan.nbytes + prepared.budget.spilled
+    with Trace(trace) as timeline, Destination(Path(dst), sources, overwrite=overwrite, n_bytes=n_bytes) as stage:
+        seen = None
+        if metric == "function":
+            seen, prepared = _see(prepared, str(calibration), Path(dst).absolute(), stamps, seed, progress)
+        plan, options = prepared.plan, prepared.options
+        backend, gpu, budget = prepared.computed_by, prepared.gpu, prepared.budget
+        config = huggingface.patched_config(checkpoint, family, plan, dtype)
+        stage.begin({"pyfold": __version__, "options": options, "backend": backend, "sources": stamps})
         groups, source, result = _write_weights(prepared, stage, progress, timeline, ray, seen)
         for file in companions:
             shutil.copyfile(file, stage.folder / file.name)
@@ -238,8 +235,8 @@ def fold_checkpoint(
 
 @dataclass(frozen=True)
 class Prepared:
-    """A fold before a weight is read: what, to what, in how much memory (on a GPU: at most, 0 without one), and the options on
-    which its bytes depend."""
+    """A fold before a weight is read: what, to what, in how much memory (on a GPU: at most, 0 without one), the options on
+    which its bytes depend, and, by function, the text: ``self``, or a file."""
 
     checkpoint: Checkpoint
     family: Family
@@ -250,6 +247,7 @@ class Prepared:
     backend: str
     options: dict[str, Any]
     limit: int
+    text: str | None
     auto: bool
     profile: str
     replan: Callable[[Mapping[int, int]], tuple[Plan, Budget]]
@@ -360,9 +358,11 @@ def prepare(
             options |= {"seed": seed}
         if allocate == "auto":
             options |= {"allocate": allocate}
-        forks = len(plan.groups) if allocate == "auto" else 0
-        widths = {group.name: group.width if forks else k for group, k in plan.groups}  # auto: up to all units
-        in_layers = {group.name: function_plan.nbytes(checkpoint, group, widths[group.name], forks) for group, _ in plan.groups}
+        products = ops.product_dtype(backend)
+        widths = {group.name: group.width if allocate == "auto" else k for group, k in plan.groups}  # auto: up to all units
+        in_layers = {
+            group.name: function_budget.folding(checkpoint, group, widths[group.name], products) for group, _ in plan.groups
+        }
     spills, gpu_room = backend.startswith("cpu"), room if gpu else None
     budgeted = partial(make_budget, checkpoint, spills=spills, gpu_memory=gpu_room, beside=in_layers)
     budget = budgeted(plan, limit, held)
@@ -373,7 +373,8 @@ def prepare(
 
     if gpu:
         options |= {"device": gpu.name, "libraries": gpu.libraries, "clustered_on_host": budget.clustered_on_host}
-    return Prepared(checkpoint, family, plan, budget, gpu, room, backend, options, limit, allocate == "auto", profile, replan)
+    text, auto = str(calibration) if metric == "function" else None, allocate == "auto"
+    return Prepared(checkpoint, family, plan, budget, gpu, room, backend, options, limit, text, auto, profile, replan)
 
 
 def _see(
@@ -396,6 +397,7 @@ def _see(
         multiple_of=options["multiple_of"] or 1,
         common=prepared.profile == "stock",
         ridge=options["repair"] == "ridge",
+        limit=prepared.limit,
         backend=backend,
         progress=progress,
     )

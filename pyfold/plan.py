@@ -227,6 +227,14 @@ def parse_size(size: int | str, what: str = "max_shard_size") -> int:
     return n_bytes
 
 
+def parse_time(time: str, what: str) -> float:
+    """Seconds from ``"90s"``, ``"10min"``, ``"1.5h"`` or a number of them."""
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*(s|min|h)?\s*", time)
+    if not match:
+        raise PyfoldError(f"{what}: expected a time as in 90s, 10min or 2h, got '{time}'")
+    return float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2] or "s"]
+
+
 def split_shards(tensors: Mapping[str, tuple[str, tuple[int, ...]]], limit: int) -> dict[str, list[str]]:
     """Tensors in order into files of at most ``limit`` bytes (a larger tensor alone in its own), named as transformers does."""
     shards: list[list[str]] = []

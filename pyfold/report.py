@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from pyfold.compare import Measured
     from pyfold.forecast import Forecast
+    from pyfold.function_forecast import Phase
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,11 @@ def forecast_table(forecast: Forecast) -> str:
         names = f"{first} to {others[-1]}" if others else first
         cells = zip(row, list(heads.values())[1:], strict=True)
         lines.append(f"{names:<34}" + "".join(f"{cell:>{width}}" for cell, width in cells))
+    several = len(forecast.phases) > 1
+    if several:
+        lines = [*_phase_lines(forecast.phases), "", *lines]
+    to_fold = " to fold" if several else ""
+    where = f" ({max(forecast.phases, key=lambda phase: phase.memory).name})" if several else ""
     mib = {what: getattr(forecast, what) / 2**20 for what in ("peak", "process", "ahead", "spare")}
     on_gpu = []
     if forecast.gpu_peak is not None:
@@ -217,17 +223,27 @@ def forecast_table(forecast: Forecast) -> str:
         on_gpu = [f"GPU memory  {peak:.0f} MiB at the peak, beside {held:.0f} held before the first tensor"]
     lines += [
         "",
-        f"memory      {mib['peak']:.0f} MiB at the peak, of which interpreter and imports {mib['process']:.0f}, "
+        f"memory      {mib['peak']:.0f} MiB at the peak{where}, of which interpreter and imports {mib['process']:.0f}, "
         f"read ahead {mib['ahead']:.0f}, buffers to be used again {mib['spare']:.0f}",
         *on_gpu,
-        f"work        {forecast.flops / 1e12:.2f} TFLOP; {forecast.bytes_read:,} bytes read, "
+        f"work        {forecast.flops / 1e12:.2f} TFLOP{to_fold}; {forecast.bytes_read:,} bytes read, "
         f"{forecast.bytes_written:,} written",
-        f"seconds     {forecast.seconds:.1f}, limited by {forecast.limited_by}; alone: computing {forecast.computing:.1f}, "
+        f"seconds     {forecast.seconds:.1f}{to_fold and ', folding'}, limited by {forecast.limited_by}; alone: "
+        f"computing {forecast.computing:.1f}, "
         f"reading and writing {forecast.reading_and_writing:.1f}, hashing {forecast.hashing:.1f}"
         + (f", copying to and from the GPU {forecast.copying:.1f}" if on_gpu else ""),
         f"disk        {forecast.disk_needed:,} bytes needed, {forecast.disk_free:,} free",
     ]
     return "\n".join(lines)
+
+
+def _phase_lines(phases: Sequence[Phase]) -> list[str]:
+    heads = f"{'phase':<34}{'MiB':>7}{'seconds':>10}{'bytes read':>22}"
+    lines = [f"{each.name:<34}{each.memory / 2**20:>7.0f}{each.seconds:>10.1f}{each.bytes_read:>22,}" for each in phases]
+    for i, each in enumerate(phases):
+        if each.how:
+            lines[i] += f"  {each.how}"
+    return [heads, *lines]
 
 
 def comparison_table(rows: Sequence[Measured]) -> str:

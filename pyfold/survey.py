@@ -18,7 +18,7 @@ from pyfold import ops
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
 from pyfold.families.activations import Activations
-from pyfold.function_metric import HELD_OUT, fold_units, moments
+from pyfold.function_metric import HELD_OUT, Moments, fold_units, gathered, moments
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.safetensors import Reader
 from pyfold.progress import Progress
@@ -46,16 +46,19 @@ def survey(
             if progress:
                 progress(i, len(groups), f"surveying {group.name}")
             weights = {name: reader.read(checkpoint.tensors[name]) for name in group.tensors}
-            [consumer] = (weights[name].float() for name in group.consumers)
             mlp = activations.mlp(group.layer, weights)
             seen = moments((mlp.units(x) for x in activations.inputs(group.layer)), backend)
             k = max(1, int(MEASURED * group.width))
+            del mlp
+            [consumer] = (weights[name].float() for name in group.consumers)
             try:
-                curve = lost_at_every_width(consumer, seen.fitted + seen.held_out)
+                curve = lost_at_every_width(consumer, seen)
                 folded = fold_units(consumer, seen, k, ridge=ridge, backend=backend, information=information[group.layer])
             except (ValueError, RuntimeError) as error:
                 path = checkpoint.tensors[group.tensors[0]].path
                 raise PyfoldError(f"{path}: {group.name} cannot be folded: {str(error).splitlines()[0]}") from None
+            del seen
+            mlp = activations.mlp(group.layer, weights)
             activations.fork(probes, mlp.kept(folded.kept, folded.consumer))
             activations.feed(mlp)
             curves.append(curve / curve[k - 1] if curve[k - 1] > 0 else curve)
@@ -63,15 +66,16 @@ def survey(
         return [nats * curve for nats, curve in zip(activations.divergences(probes), curves, strict=True)]
 
 
-def lost_at_every_width(consumer: Tensor, c: Tensor) -> NDArray[np.float64]:
-    """Energy of the output (of a consumer (H, N), from units of moments C (N, N)) that is lost with 1..N units, the strongest
-    first, where those regress the others: (N,).
+def lost_at_every_width(consumer: Tensor, seen: Moments) -> NDArray[np.float64]:
+    """Energy of the output (of a consumer (H, N), from N units) that is lost with 1..N units, the strongest first, where those
+    regress the others: (N,).
 
     With C = L Lᵀ in that order what the first K leave of unit j is Σ_{m > K} L_jm², so that one factor has all K.
     """
-    diagonal = c.diagonal()
+    diagonal = seen.fitted.diagonal() + seen.held_out.diagonal()
     order = (diagonal * consumer.square().sum(0)).argsort(descending=True, stable=True)
-    shrunk = c[order][:, order] + torch.diag(_SHRINK * diagonal[order] + torch.finfo(c.dtype).tiny)
+    shrunk = gathered(seen, order, order)
+    shrunk.diagonal().add_(_SHRINK * diagonal[order] + torch.finfo(shrunk.dtype).tiny)
     left = (consumer[:, order] @ torch.linalg.cholesky(shrunk)).square().sum(0).double()
     lost: NDArray[np.float64] = (left.flip(0).cumsum(0).flip(0) - left).numpy()
     return lost.clip(min=0)

@@ -9,11 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, load, logits, run_cli, tiny_checkpoint, tree
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from conftest import FAMILIES, load, logits, run_cli, tiny_checkpoint, tree, with_tokenizer
 
 from pyfold import cli, fold_checkpoint, function_metric, jobs
 from pyfold.calibration import CACHE
@@ -23,6 +19,7 @@ from pyfold.families.activations import Activations, information
 from pyfold.families.writing import Writer
 from pyfold.function_metric import Moments, fold_units, moments
 from pyfold.io.checkpoint import open_checkpoint
+from pyfold.io.destination import Destination
 from pyfold.survey import lost_at_every_width, survey
 
 BACKEND = "auto"
@@ -151,8 +148,9 @@ def test_units_of_which_the_loss_knows_stay() -> None:
 def test_losses_at_every_width_are_those_of_regression() -> None:
     """Against the regression on the first K units, one K at a time, in fp64."""
     h, consumer = said()
-    c = sum(moments([h], BACKEND))
-    lost = lost_at_every_width(consumer, c)
+    seen = moments([h], BACKEND)
+    c = seen.fitted + seen.held_out
+    lost = lost_at_every_width(consumer, seen)
     shrunk = (c + torch.diag(c.diagonal())).double()
     order = (c.diagonal() * consumer.square().sum(0)).argsort(descending=True)
     for k in range(1, 25):
@@ -182,15 +180,6 @@ def test_text_does_not_depend_on_how_much_is_written_at_once(source: Path) -> No
     whole = torch.stack(list(writer.write(1, draws)), 1)
     parts = [torch.stack(list(writer.write(1, part)), 1) for part in draws.split(2)]
     assert torch.equal(torch.cat(parts), whole)
-
-
-def with_tokenizer(folder: Path) -> Path:
-    """Words w3 to w63, and a beginning and an end."""
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 64)}}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "biases"])
@@ -312,10 +301,38 @@ def test_it_goes_on_where_it_was_stopped(source: Path, text: Path, tmp_path: Pat
     monkeypatch.setattr(jobs._FunctionFold, "run", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "dst", ratio=0.25, calibration=text)
+    with pytest.raises(PyfoldError, match="cannot read the calibration text"):
+        run(source, tmp_path / "dst", ratio=0.25, calibration=tmp_path / "none")
+    with pytest.raises(PyfoldError, match=r"an unfinished run with ratio 0.25 instead of 0.5"):
+        run(source, tmp_path / "dst", ratio=0.5, calibration=text)
     again: list[str] = []
     monkeypatch.setattr(jobs._FunctionFold, "run", lambda fold: (again.append(fold.group.name), whole(fold))[1])
     assert run(source, tmp_path / "dst", ratio=0.25, calibration=text) == expected
     assert 0 < len(again) < 3
+
+
+def test_a_destination_is_refused_before_a_token_is_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyfold.calibration.Writer", written)
+    full, busy = tmp_path / "full", tmp_path / "busy"
+    full.mkdir()
+    (full / "file").touch()
+    with Destination(busy, []):
+        for dst, words in (
+            (full, "is not empty"),
+            (source / "dst", "lie in one another"),
+            (busy, "another pyfold is writing it"),
+        ):
+            with pytest.raises(PyfoldError, match=words):
+                run(source, dst, ratio=0.25)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "dst", ratio=0.25)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["full"]
+    assert [entry.name for entry in full.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("allocate", ["uniform", "auto"])

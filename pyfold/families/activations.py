@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -96,7 +97,7 @@ class Layers:
                 "calibration sequence; fold by weights alone (metric weight)"
             )
         self._tensors, self._place, self._dtype = checkpoint.tensors, place, dtype
-        self._prefix = prefix_of(checkpoint)
+        self._prefix, self._head_name = prefix_of(checkpoint), head_of(checkpoint)
         rotary = type(self._model.rotary_emb)(config=self._model.config)
         self._rotation = [part.to(dtype) for part in rotary(torch.empty(1), torch.arange(length)[None])]
         self._reader = Reader()
@@ -120,12 +121,13 @@ class Layers:
         """Have the attention and the norms of a layer in memory."""
         layer = self._model.layers[i]
         names = [name for name, _ in layer.named_parameters() if not name.startswith("mlp.")]
-        for name, values in self._read(i, "", names).items():
+        for name, values in self._read(i, "", names):
             part = name.removeprefix(f"{self._prefix}layers.{i}.")
             put(layer, part, values.to(self._dtype) if part.startswith(_ATTENTION) else values.float())
 
-    def drop(self, i: int) -> None:
-        self._model.layers[i].to("meta")
+    def drop(self, i: int, part: str = "") -> None:
+        """Have a layer, or a part of it, in memory no more."""
+        self._model.layers[i].get_submodule(part).to("meta")
 
     def attended(self, i: int, states: Tensor) -> Tensor:
         """What attention adds to hidden states."""
@@ -142,26 +144,26 @@ class Layers:
     def mlp(self, i: int, weights: Mapping[str, Tensor] | None = None) -> Mlp:
         """The feed-forward network of a layer, from its tensors by name; those that are not given are as they are."""
         at = f"{self._prefix}layers.{i}.mlp."
-        given = dict(weights or {})
-        given |= self._read(i, "mlp.", (name for name in _FED if at + name not in given))
-        found = {name: values.to(self._dtype) for name, values in given.items()}
+        given = weights or {}
+        others = self._read(i, "mlp.", (name for name in _FED if at + name not in given))
+        found = {name: values.to(self._dtype) for name, values in chain(given.items(), others)}
         gate, up, down = (found[at + name] for name in _FED[:3])
         gate_bias, up_bias, down_bias = (found.get(at + name) for name in _FED[3:])
         return Mlp(gate, up, down, gate_bias, up_bias, down_bias, self._model.layers[i].mlp.act_fn)
 
     def load_head(self) -> None:
-        name = HEAD if HEAD in self._tensors else self._prefix + EMBEDDING
-        self._head = self._reader.read(self._tensors[name]).to(self._dtype)
+        self._head = self._reader.read(self._tensors[self._head_name]).to(self._dtype)
         put(self._model.norm, "weight", self._reader.read(self._tensors[self._prefix + NORM]).float())
 
     def logits(self, states: Tensor) -> Tensor:
         """(..., hidden) behind the last layer -> (..., vocabulary), fp32."""
         return linear(self._model.norm(states).to(self._dtype), self._head).float()
 
-    def _read(self, i: int, part: str, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors of a layer, by their full names; those that the checkpoint has."""
-        full = [f"{self._prefix}layers.{i}.{part}{name}" for name in names]
-        return {name: self._reader.read(self._place(name)) for name in full if name in self._tensors}
+    def _read(self, i: int, part: str, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of a layer with their full names, one at a time; those that the checkpoint has."""
+        for name in (f"{self._prefix}layers.{i}.{part}{name}" for name in names):
+            if name in self._tensors:
+                yield name, self._reader.read(self._place(name))
 
 
 class Activations:
@@ -242,6 +244,7 @@ class Activations:
         for states in (self._hidden, *self._forks):
             for batch in _batches(states):
                 batch += self._layers.attended(self._layer, batch)
+        self._layers.drop(self._layer, "self_attn")
         self._attended = True
 
     def _through(self, mlp: Mlp, states: Tensor) -> None:
@@ -254,7 +257,7 @@ def information(checkpoint: Checkpoint, tokens: Tensor, dtype: torch.dtype, prog
     would notice of their going. On text that the model wrote this is the diagonal of its Fisher information about gains of the
     units."""
     with closing(Layers(checkpoint, tokens.shape[1], checkpoint.tensors.__getitem__, dtype)) as layers:
-        return _information(layers, tokens, _kept_at_once(checkpoint, tokens.shape[1]), progress)
+        return _information(layers, tokens, kept_at_once(checkpoint, tokens.shape[1]), progress)
 
 
 def _information(layers: Layers, tokens: Tensor, at_once: int, progress: Progress | None) -> list[Tensor]:
@@ -290,22 +293,52 @@ def _information(layers: Layers, tokens: Tensor, at_once: int, progress: Progres
 
 
 def information_bytes(checkpoint: Checkpoint, length: int, dtype: torch.dtype) -> int:
-    """Memory that :func:`information` takes at most."""
+    """Memory that :func:`information` takes at most: the head, and with it logits, or a layer; and the tokens."""
     config, item = checkpoint.config, dtype.itemsize
     hidden, layers, n = config["hidden_size"], config["num_hidden_layers"], _widest(checkpoint)
-    at_once = _kept_at_once(checkpoint, length) * length
-    a_layer = (4 * hidden * hidden + 3 * hidden * n) * (item + 4)
+    at_once = kept_at_once(checkpoint, length) * length
+    head = item * hidden * config["vocab_size"]
     of_tokens = at_once * (4 * hidden * (layers + 12) + 8 * item * n + 4 * n)
-    return divergences_bytes(checkpoint) + a_layer + of_tokens
+    return max(saying_bytes(checkpoint, dtype), head + _layer_bytes(checkpoint, dtype)) + of_tokens
 
 
-def divergences_bytes(checkpoint: Checkpoint) -> int:
-    """Memory that logits take at most: the head, as it is read too, and what is said of some tokens."""
-    config = checkpoint.config
-    return 8 * config["hidden_size"] * config["vocab_size"] + 5 * 4 * _LOGITS * config["vocab_size"]
+def attending_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Memory that attention takes on the way of a batch through it: its weights, and what is made of the batch."""
+    return _layer_bytes(checkpoint, dtype, _ATTENTION) + 8 * 4 * BATCH * checkpoint.config["hidden_size"]
 
 
-def _kept_at_once(checkpoint: Checkpoint, length: int) -> int:
+def saying_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Memory that logits take at most: the head, and it as it is read, or what is said of some tokens."""
+    head = checkpoint.tensors[head_of(checkpoint)]
+    return dtype.itemsize * head.n_parameters + max(head.nbytes, 5 * 4 * _LOGITS * checkpoint.config["vocab_size"])
+
+
+def head_of(checkpoint: Checkpoint) -> str:
+    """The tensor that makes logits: of a model that shares it, the embedding."""
+    return HEAD if HEAD in checkpoint.tensors else prefix_of(checkpoint) + EMBEDDING
+
+
+def layer_tensors(checkpoint: Checkpoint, part: str = "") -> list[list[TensorInfo]]:
+    """Of each layer, or of a part of it."""
+    at = f"{prefix_of(checkpoint)}layers."
+    return [
+        [info for name, info in checkpoint.tensors.items() if name.startswith(f"{at}{i}.{part}")]
+        for i in range(checkpoint.config["num_hidden_layers"])
+    ]
+
+
+def layer_parameters(checkpoint: Checkpoint, part: str = "") -> list[int]:
+    """Of each layer, or of a part of it."""
+    return [sum(info.n_parameters for info in layer) for layer in layer_tensors(checkpoint, part)]
+
+
+def _layer_bytes(checkpoint: Checkpoint, dtype: torch.dtype, part: str = "") -> int:
+    """The largest layer, or part of one, in memory, and a tensor of it as it is read."""
+    read = max(info.nbytes for layer in layer_tensors(checkpoint, part) for info in layer)
+    return dtype.itemsize * max(layer_parameters(checkpoint, part)) + read
+
+
+def kept_at_once(checkpoint: Checkpoint, length: int) -> int:
     """Sequences whose hidden states before every layer are kept for the way back."""
     a_sequence = 4 * length * checkpoint.config["hidden_size"] * checkpoint.config["num_hidden_layers"]
     return max(1, min(BATCH // length, _KEPT // a_sequence))

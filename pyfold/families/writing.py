@@ -6,7 +6,6 @@ drawn hangs on one number for each token, so that a text does not depend on how 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pyfold.families.activations import EMBEDDING, HEAD, NORM, decoder, put
+from pyfold.families.activations import EMBEDDING, HEAD, NORM, decoder, layer_parameters, put
 from pyfold.families.base import prefix_of
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.safetensors import Reader
@@ -24,31 +23,25 @@ _ATTENTION = "pyfold_last_token"
 
 
 class WritingBytes(NamedTuple):
-    """Memory: of what is always there, of all layers, of the largest, and of a sequence."""
+    """Memory: of what is always there, of all layers, of the largest, of a sequence's keys and values, and of all of it."""
 
     fixed: int
     layers: int
     layer: int
+    keys: int
     sequence: int
 
 
 def writing_bytes(checkpoint: Checkpoint, length: int) -> WritingBytes:
     """Of a Writer."""
-    config, tensors = checkpoint.config, checkpoint.tensors
+    config, layers = checkpoint.config, layer_parameters(checkpoint)
     item = dtype_of(checkpoint).itemsize
-    sizes: dict[str, int] = {}
-    fixed = 0
-    for name, info in tensors.items():
-        layer = re.match(r"(?:model\.)?layers\.(\d+)\.", name)
-        if layer:
-            sizes[layer[1]] = sizes.get(layer[1], 0) + item * info.n_parameters
-        else:
-            fixed += item * info.n_parameters
-    largest = max(info.nbytes for info in tensors.values())  # as it is read
+    fixed = item * (checkpoint.n_parameters - sum(layers))
+    largest = max(info.nbytes for info in checkpoint.tensors.values())  # as it is read
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    keys = 2 * item * length * len(sizes) * heads * head
-    return WritingBytes(fixed + largest, sum(sizes.values()), max(sizes.values()), keys + 5 * 4 * config["vocab_size"])
+    keys = 2 * item * length * len(layers) * heads * head
+    return WritingBytes(fixed + largest, item * sum(layers), item * max(layers), keys, keys + 5 * 4 * config["vocab_size"])
 
 
 def dtype_of(checkpoint: Checkpoint) -> torch.dtype:

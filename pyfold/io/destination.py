@@ -45,27 +45,22 @@ def run_of(folder: Path) -> Entry | None:
 
 
 class Destination:
-    """``with Destination(dst, files, identity=...) as stage: ...; stage.commit()``."""
+    """``with Destination(dst, files) as stage: stage.begin(identity); ...; stage.commit()``.
 
-    def __init__(
-        self, path: Path, sources: Iterable[Path], *, identity: Entry, overwrite: bool = False, n_bytes: int = 0
-    ) -> None:
+    Inside the block no other run can write ``dst``; what the identity depends on may take long to find there.
+    """
+
+    def __init__(self, path: Path, sources: Iterable[Path], *, overwrite: bool = False, n_bytes: int = 0) -> None:
         """Check, before anything is written, that ``path`` can take a result of ``n_bytes`` made from the files ``sources``.
-
-        Parameters
-        ----------
-        identity : dict
-            JSON values on which the bytes of the result depend; an unfinished run with the same is continued.
 
         Raises
         ------
         PyfoldError
-            If ``path`` is a file, is not empty, lies in the source or around it, or holds something that is no checkpoint; or
-            if an unfinished run with another identity has left its work.
+            If ``path`` is a file, is not empty, lies in the source or around it, or holds something that is no checkpoint.
         OSError
             If there is not enough disk.
         """
-        self._given, self._overwrite, self._identity = path, overwrite, json.loads(json.dumps(identity))
+        self._given, self._overwrite, self._begun = path, overwrite, False
         try:
             self.path = path.resolve()
         except RuntimeError:
@@ -92,15 +87,9 @@ class Destination:
         path = self._given
         if self.partial.is_symlink() or (self.partial.exists() and set(os.listdir(self.partial)) - _OWN):
             raise PyfoldError(f"{self.partial}: pyfold needs this name and did not make it; move it away")
-        journal = Journal(self.partial / JOURNAL)
-        if journal.done and journal.identity != self._identity:
-            raise PyfoldError(
-                f"{path}: an unfinished run with {_difference(journal.identity or {}, self._identity)}; "
-                f"repeat its command to complete it, or remove {self.partial}"
-            )
         if self.path.exists() and not self.path.is_dir():
             raise PyfoldError(f"{path}: the destination is a file; choose a folder")
-        moving = _commit_of(journal).get("files", []) if self._inside else []
+        moving = _commit_of(Journal(self.partial / JOURNAL)).get("files", []) if self._inside else []
         entries = sorted(self.path.iterdir()) if self.path.is_dir() else []
         entries = [entry for entry in entries if entry.name != PARTIAL and entry.name not in moving]
         self._replace = bool(entries)
@@ -126,22 +115,45 @@ class Destination:
         try:
             self._settle()
             self._check()  # another run may have ended since
-            if not Journal(self.partial / JOURNAL).done:
-                self._clear()
             self.journal = Journal(self.partial / JOURNAL)
-            self.folder.mkdir(exist_ok=True)
-            self.journal.begin(self._identity)
-            sync_folder(self.partial)
-            sync_folder(self.partial.parent)
         except BaseException:
             self._leave(keep=resumable(self.path))
             raise
         return self
 
+    def begin(self, identity: Entry) -> None:
+        """Go on with the unfinished run of this identity, or start one.
+
+        Parameters
+        ----------
+        identity : dict
+            JSON values on which the bytes of the result depend.
+
+        Raises
+        ------
+        PyfoldError
+            If an unfinished run with another identity has left its work.
+        """
+        identity = json.loads(json.dumps(identity))
+        if not self.journal.done:
+            self._clear()
+            self.journal = Journal(self.partial / JOURNAL)
+        elif self.journal.identity != identity:
+            raise PyfoldError(
+                f"{self._given}: an unfinished run with {_difference(self.journal.identity or {}, identity)}; "
+                f"repeat its command to complete it, or remove {self.partial}"
+            )
+        self._begun = True
+        self.folder.mkdir(exist_ok=True)
+        self.journal.begin(identity)
+        sync_folder(self.partial)
+        sync_folder(self.partial.parent)
+
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         self.journal.close()
         committed = bool(self.journal.done and "commit" in self.journal.done[-1] and kind is None)
-        self._leave(keep=not committed and bool(self.journal.done) and not (kind and issubclass(kind, PyfoldError)))
+        refused = self._begun and kind is not None and issubclass(kind, PyfoldError)  # before, the work is another run's
+        self._leave(keep=not committed and bool(self.journal.done) and not refused)
 
     def _locked(self) -> int:
         while True:

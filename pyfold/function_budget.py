@@ -1,0 +1,59 @@
+"""How much memory the phases of a fold by function take beside the process, text apart: gradients, the survey, folding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pyfold import function_metric
+from pyfold.budget import function_bytes
+from pyfold.calibration import LENGTH, SEQUENCES
+from pyfold.errors import PyfoldError
+from pyfold.families import FoldGroup
+from pyfold.families.activations import attending_bytes, information_bytes, saying_bytes
+from pyfold.io.checkpoint import Checkpoint
+from pyfold.survey import MEASURED
+
+INFORMING, SURVEYING = 64, 64  # sequences of the text that are enough for the information, and for the widths
+
+
+def gradients(checkpoint: Checkpoint, dtype: torch.dtype, room: int) -> int:
+    """Raises PyfoldError where it is more than ``room``."""
+    return _within("gradients for the function metric", information_bytes(checkpoint, LENGTH, dtype), room)
+
+
+def survey(checkpoint: Checkpoint, groups: Sequence[FoldGroup], dtype: torch.dtype, room: int) -> int:
+    """Of finding widths: hidden states, also of forks that have one group folded, and a group in hand, or logits. Raises
+    PyfoldError where it is more than ``room``."""
+    states = _states(checkpoint, SURVEYING + len(groups) * (SURVEYING // function_metric.HELD_OUT))
+    takes = [saying_bytes(checkpoint, dtype)]
+    for group in groups:
+        k, n, hidden = max(1, int(MEASURED * group.width)), group.width, checkpoint.config["hidden_size"]
+        curve = 4 * (4 * n * n + 3 * hidden * n)  # C twice, and in order, its factor; the consumer, in order, times that
+        takes.append(function_bytes(group, k, checkpoint, max(curve, _at_work(checkpoint, group, k, dtype))))
+    return _within("groups, to be surveyed for --allocate auto,", states + max(takes), room)
+
+
+def folding(checkpoint: Checkpoint, group: FoldGroup, k: int, dtype: torch.dtype) -> int:
+    """While a group is folded, beside its weights and what kernels work in: hidden states, and what is done with both."""
+    return _states(checkpoint, SEQUENCES) + _at_work(checkpoint, group, k, dtype)
+
+
+def _states(checkpoint: Checkpoint, sequences: int) -> int:
+    hidden: int = checkpoint.config["hidden_size"]
+    return 4 * sequences * LENGTH * hidden
+
+
+def _at_work(checkpoint: Checkpoint, group: FoldGroup, k: int, dtype: torch.dtype) -> int:
+    hidden = checkpoint.config["hidden_size"]
+    attending = 3 * dtype.itemsize * hidden * group.width + attending_bytes(checkpoint, dtype)
+    return max(attending, function_metric.nbytes(group.width, k, hidden, dtype.itemsize))
+
+
+def _within(what: str, needs: int, room: int) -> int:
+    if needs > room:
+        raise PyfoldError(
+            f"host_memory: {what} take {needs / 2**20:.0f} MiB ({needs:,} bytes), and {room / 2**20:.0f} are left"
+        )
+    return needs

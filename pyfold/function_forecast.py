@@ -1,0 +1,185 @@
+"""How long the phases of a fold by function will take, and their memory: writing text, gradients, the survey, folding.
+
+Matrix products go at rates that are probed. What lies between them takes so long for each number that it touches, as it was
+measured, and by as much longer as clustering takes longer here than there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pyfold import calibration, function_budget, ops
+from pyfold.calibration import LENGTH, SEQUENCES
+from pyfold.families import FoldGroup
+from pyfold.families.activations import head_of, kept_at_once, layer_parameters, layer_tensors
+from pyfold.families.writing import dtype_of, writing_bytes
+from pyfold.function_budget import INFORMING, SURVEYING
+from pyfold.function_metric import HELD_OUT, LAMBDAS
+from pyfold.io.safetensors import dtype_name
+from pyfold.pipeline import Prepared
+from pyfold.survey import MEASURED
+
+if TYPE_CHECKING:
+    from pyfold.forecast import Rates
+
+# Seconds a number takes beside the products, with SmolLM2's shapes on 2 cores of a Xeon with AMX: of a hidden state and of a
+# unit, through a layer; a logit that a token is drawn from, that the loss is differentiated by, that is compared with another;
+# a byte of keys or values that attention reads for one more token; a layer, for one more token of all sequences.
+_HIDDEN, _UNIT = 2.1e-8, 2.4e-9
+_DRAWN, _LOST, _COMPARED = 4.3e-9, 5.3e-9, 5e-9
+_KEYS, _LAYER = 1.2e-10, 1.5e-3
+_PRODUCTS, _TOUCHED = 3, 6.2  # times as much on the way of a gradient: there, there again, and back
+_WEIGHTS = 1e10  # bytes/s of weights from memory, where a product is with few tokens
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Of a fold: VmHWM of the process, seconds, bytes of weights that are read."""
+
+    name: str
+    memory: int
+    seconds: float
+    bytes_read: int
+
+    @property
+    def how(self) -> str:
+        """What a person should know of it."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Writing(Phase):
+    """Text, with all layers in memory or each read again for every token: sequences in a wave, their keys and values, waves."""
+
+    resident: bool
+    sequences: int
+    key_value_bytes: int
+    waves: int
+
+    @property
+    def how(self) -> str:
+        layers = "layers in memory" if self.resident else "layers read again for every token"
+        waves = f"{self.waves} wave{'s' if self.waves > 1 else ''} of {self.sequences} sequences"
+        return f"{layers}; {waves}, {self.key_value_bytes:,} bytes of keys and values"
+
+
+class Pace:
+    """Of a prepared fold by function, where the rates are known."""
+
+    def __init__(self, prepared: Prepared, rates: Rates) -> None:
+        assert prepared.text is not None
+        self._prepared, self._rates, self._checkpoint = prepared, rates, prepared.checkpoint
+        self._dtype = ops.product_dtype(prepared.backend)
+        self._hidden: int = self._checkpoint.config["hidden_size"]
+        self._vocabulary: int = self._checkpoint.config["vocab_size"]
+        self._layers = layer_parameters(self._checkpoint)
+        self._attention = layer_parameters(self._checkpoint, "self_attn.")
+        self._layer_bytes = [sum(info.nbytes for info in layer) for layer in layer_tensors(self._checkpoint)]
+        self._head = self._checkpoint.tensors[head_of(self._checkpoint)]
+        self._room = prepared.limit - prepared.budget.process
+
+    def before(self) -> list[Phase]:
+        """The phases before folding. Raises PyfoldError where one does not fit, in the words of the fold."""
+        written: list[Phase] = [self._writing()] if self._prepared.text == "self" else []
+        surveyed = [self._survey()] if self._prepared.auto else []
+        return [*written, self._gradients(), *surveyed]
+
+    def _writing(self) -> Writing:
+        takes, rates = writing_bytes(self._checkpoint, LENGTH), self._rates
+        resident, wave = calibration.way(self._checkpoint, self._room)
+        waves = -(-SEQUENCES // wave)
+        steps, tokens = waves * (LENGTH - 1), SEQUENCES * (LENGTH - 1)
+        dtype, numbers = dtype_of(self._checkpoint), sum(self._layers) + self._head.n_parameters
+        products = 2 * tokens * numbers / rates.products[dtype_name(dtype)]
+        seconds = max(products, steps * dtype.itemsize * numbers / _WEIGHTS)
+        seen = SEQUENCES * takes.keys // 2 * (LENGTH - 1)  # half of them, for each token
+        touched = tokens * self._vocabulary * _DRAWN + seen * _KEYS + steps * len(self._layers) * _LAYER
+        read = sum(self._layer_bytes) * (1 if resident else steps)
+        held = takes.fixed + (takes.layers if resident else takes.layer) + wave * takes.sequence
+        return Writing(
+            name="writing text",
+            memory=self._prepared.budget.process + held,
+            seconds=seconds + rates.clustering * touched + self._reading(read),
+            bytes_read=self._checkpoint.nbytes - sum(self._layer_bytes) + read,
+            resident=resident,
+            sequences=wave,
+            key_value_bytes=wave * takes.keys,
+            waves=waves,
+        )
+
+    def _gradients(self) -> Phase:
+        tokens = INFORMING * LENGTH
+        seconds = sum(self._passing(layer, tokens, _PRODUCTS, _TOUCHED) for layer in range(len(self._layers)))
+        seconds += 2 * self._saying(tokens) + self._rates.clustering * tokens * self._vocabulary * _LOST
+        times = 2 * -(-INFORMING // kept_at_once(self._checkpoint, LENGTH))
+        read = times * sum(self._layer_bytes)
+        memory = function_budget.gradients(self._checkpoint, self._dtype, self._room)
+        return self._phase("gradients", memory, seconds + self._reading(read), read + self._head.nbytes)
+
+    def _survey(self) -> Phase:
+        """Of forks, one more with every group."""
+        groups = {group.layer: group for group, _ in self._prepared.plan.groups}
+        probes = SURVEYING // HELD_OUT * LENGTH
+        seconds, tokens = 0.0, SURVEYING * LENGTH
+        for layer in range(len(self._layers)):
+            seconds += self._passing(layer, tokens)
+            if layer in groups:
+                n, k = groups[layer].width, max(1, int(MEASURED * groups[layer].width))
+                curve = (n**3 / 3 + 2 * self._hidden * n * n) / self._rates.products["F32"]
+                seconds += curve + self._folding(groups[layer], k, SURVEYING * LENGTH)[1]
+                tokens += probes
+        logits = (1 + len(groups)) * probes
+        seconds += self._saying(logits) + self._rates.clustering * logits * self._vocabulary * _COMPARED
+        read = sum(self._layer_bytes)
+        folded = [group for group, _ in self._prepared.plan.groups]
+        memory = function_budget.survey(self._checkpoint, folded, self._dtype, self._room)
+        return self._phase("survey", memory, seconds + self._reading(read), read + self._head.nbytes)
+
+    def folding(self, group: FoldGroup, k: int) -> tuple[float, float]:
+        """FLOP and seconds of a group, clustering apart: tokens go through its layer, and it is folded."""
+        tokens = SEQUENCES * LENGTH
+        feeding = 2 * tokens * 3 * self._hidden * (k - group.width / 3)  # units, moments, fold; then all of it as it is folded
+        flops, seconds = self._folding(group, k, tokens)
+        seconds += feeding / self._rates.products[dtype_name(self._dtype)] + self._rates.clustering * tokens * k * _UNIT
+        return flops + 2 * tokens * self._layers[group.layer] + feeding, seconds + self._passing(group.layer, tokens)
+
+    def passed_by(self) -> tuple[float, int]:
+        """Seconds of tokens through layers that are not folded, before one that is; bytes read beside the groups."""
+        folded = {group.layer for group, _ in self._prepared.plan.groups}
+        seconds, read = 0.0, 0
+        for layer in range(max(folded) + 1):
+            if layer not in folded:
+                seconds += self._passing(layer, SEQUENCES * LENGTH)
+            share = self._attention[layer] / self._layers[layer] if layer in folded else 1
+            read += round(share * self._layer_bytes[layer])
+        return seconds + self._reading(read), read
+
+    def _folding(self, group: FoldGroup, k: int, tokens: int) -> tuple[float, float]:
+        """Moments, Gram matrix, regression."""
+        n, hidden, rates = group.width, self._hidden, self._rates
+        moments, gram = float(tokens) * n * n, float(hidden) * n * n
+        regression = 0.0
+        if self._prepared.options["repair"] == "ridge":
+            fits = len(LAMBDAS) + 1
+            regression = fits * (k**3 / 3 + 2 * hidden * k * k + 2 * hidden * n * n) + 2 * 2 * hidden * n * k
+        seconds = moments / rates.gram[dtype_name(self._dtype)] + gram / rates.gram["F32"] + regression / rates.products["F32"]
+        return moments + gram + regression, seconds
+
+    def _passing(self, layer: int, tokens: int, products: float = 1, touched: float = 1) -> float:
+        """Seconds of tokens through a layer as it is, with so many times the products, and what lies between."""
+        attention, numbers = self._attention[layer], self._layers[layer]
+        each = self._hidden * _HIDDEN + (numbers - attention) / (3 * self._hidden) * _UNIT
+        flops = 2 * numbers / self._rates.products[dtype_name(self._dtype)]
+        return tokens * (products * flops + touched * self._rates.clustering * each)
+
+    def _saying(self, tokens: int) -> float:
+        """Seconds of products that make logits."""
+        return 2 * tokens * self._head.n_parameters / self._rates.products[dtype_name(self._dtype)]
+
+    def _reading(self, n_bytes: int) -> float:
+        """Seconds of weights that are read while nothing else is done, and converted."""
+        return n_bytes / self._rates.read + 2 * n_bytes / _WEIGHTS
+
+    def _phase(self, name: str, memory: int, seconds: float, read: int) -> Phase:
+        return Phase(name, self._prepared.budget.process + memory, seconds, read)
