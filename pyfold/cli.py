@@ -297,11 +297,13 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration",
         default="self",
         metavar="FILE",
-        help="of the function metric: self (default), text that the model writes itself, or a file of text; the weight "
-        "metric has none",
+        help="of the function metric: self (default), text that the model writes itself, a file of text, or none, Gaussian "
+        "noise through the norm before the units; the weight metric has none",
     )
     fold.add_argument("--repair", default="ridge", help="of the function metric: ridge (default) or none")
-    fold.add_argument("--seed", type=int, default=0, metavar="N", help="of the text that the model writes (default 0)")
+    fold.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the text that the model writes, or of the noise (default 0)"
+    )
     fold.add_argument(
         "--allocate",
         default="uniform",

@@ -111,10 +111,12 @@ def find_widths(
     return widths, [*notes, f"one width for all, {widths[0]}: estimated {allocation.total_error(curves, widths):.4f} nats"]
 
 
-def nbytes(checkpoint: Checkpoint, group: FoldGroup, k: int, forks: int) -> int:
+def nbytes(checkpoint: Checkpoint, group: FoldGroup, k: int, forks: int, *, noise: bool) -> int:
     """Memory beside a group while it is folded or surveyed: hidden states, also of forks, a batch of them on its way through
-    attention and that layer's weights, and what the metric takes."""
+    attention and that layer's weights, and what the metric takes. ``noise``: there are no states, but batches."""
     hidden = checkpoint.config["hidden_size"]
+    if noise:
+        return 3 * 4 * BATCH * hidden + function_metric.nbytes(group.width, k, hidden)
     surveyed = _SURVEYING + forks * _SURVEYING // function_metric.HELD_OUT
     states = 4 * max(SEQUENCES, surveyed) * LENGTH * hidden
     attention = 4 * 4 * hidden * hidden + 8 * 4 * BATCH * hidden

@@ -23,6 +23,7 @@ from pyfold.device import Device, OnGpu, OnHost
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
 from pyfold.families.activations import Activations
+from pyfold.families.noise import Noise
 from pyfold.function_metric import fold_units, moments
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.flow import Ahead, Behind
@@ -41,11 +42,11 @@ Advance = Callable[[int, str], None]
 
 
 class ByFunction(NamedTuple):
-    """The function metric: how tokens see the groups, what the loss knows of each layer's units, and whether consumers make up
-    for what is lost by ridge regression."""
+    """The function metric: what the groups read, of tokens what the loss on them knows of each layer's units, and whether
+    consumers make up for what is lost by ridge regression."""
 
-    activations: Activations
-    information: list[Tensor]
+    activations: Activations | Noise
+    information: list[Tensor] | None
     ridge: bool
 
 
@@ -332,7 +333,8 @@ class _Fold:
 
 @dataclass(frozen=True)
 class _FunctionFold:
-    """Read a group, see what its units do on tokens that have come through all layers before, fold them by that."""
+    """Read a group, see what its units do on tokens that have come through all layers before, or on noise, fold them by
+    that."""
 
     job: Job
     group: FoldGroup
@@ -359,7 +361,7 @@ class _FunctionFold:
                     self.job.n_clusters,
                     ridge=ridge,
                     backend=stages.backend,
-                    information=information[group.layer],
+                    information=None if information is None else information[group.layer],
                 )
             except ValueError as error:
                 raise PyfoldError(f"{self.job.tensors[0].path}: {group.name} cannot be folded: {error}") from None

@@ -27,6 +27,7 @@ from pyfold.deliver import huggingface
 from pyfold.errors import PyfoldError
 from pyfold.families import Family, family_of
 from pyfold.families.activations import Activations, decoder
+from pyfold.families.noise import Noise
 from pyfold.io.checkpoint import INDEX, Checkpoint, open_checkpoint
 from pyfold.io.destination import Destination
 from pyfold.io.output import Output
@@ -114,12 +115,12 @@ def fold_checkpoint(
         ``weight``: units are alike if their weights are, and merge to their mean. ``function``: if what they say on some tokens
         is, and the strongest stands for the others, whose consumers make up for the rest; layer by layer, on the CPU.
     calibration : str or Path
-        The tokens of the function metric: ``self``, text that the model writes itself (and that is kept in
-        ``DST.pyfold-calibration.json``), or a file of text.
+        What units of the function metric are seen on: ``self``, text that the model writes itself (and that is kept in
+        ``DST.pyfold-calibration.json``), a file of text, or ``none``: Gaussian noise through the norm before them.
     repair : str
         Of the function metric: ``ridge``, consumers are regressed on the units that stay, or ``none``.
     seed : int
-        Of the text that the model writes itself.
+        Of the text that the model writes itself, or of the noise.
     trace : str or Path, optional
         File to write a timeline of reading, computing and writing to, which Perfetto opens (Chrome's trace event format).
     ray : True or str, optional
@@ -188,7 +189,7 @@ def fold_checkpoint(
         raise PyfoldError(f"{trace}: the trace would replace a file of the source; choose another")
     stamps = _stamps(sources)
     seen = None
-    if metric == "function":
+    if metric == "function" and str(calibration) != "none":
         seen, prepared = _see(prepared, str(calibration), Path(dst).absolute(), stamps, seed, progress)
     plan, options = prepared.plan, prepared.options
     backend, gpu, budget = prepared.computed_by, prepared.gpu, prepared.budget
@@ -306,8 +307,9 @@ def prepare(
     targets = {"target_params": target_params, "target_bytes": target_bytes}
     if metric == "weight" and str(calibration) not in ("self", "none"):
         raise PyfoldError(f"calibration: {calibration} is for metric function; the weight metric sees no text")
-    if metric == "function" and str(calibration) == "none":
-        raise PyfoldError("calibration: the function metric needs text: self, or a file; metric weight needs none")
+    noise = metric == "function" and str(calibration) == "none"
+    if noise and allocate == "auto":
+        raise PyfoldError("allocate: auto measures on text what each group is worth; it needs calibration self, or a file")
     if metric == "function" and device != "cpu":
         raise PyfoldError(f"metric: function is computed on the CPU, got device {device}")
     if device == "cpu" and gpu_memory is not None:
@@ -356,13 +358,16 @@ def prepare(
     in_layers = None
     if metric == "function":
         options |= {"metric": metric, "repair": repair}
-        if str(calibration) == "self":
+        if noise:
+            options |= {"calibration": "none"}
+        if str(calibration) in ("self", "none"):
             options |= {"seed": seed}
         if allocate == "auto":
             options |= {"allocate": allocate}
         forks = len(plan.groups) if allocate == "auto" else 0
         widths = {group.name: group.width if forks else k for group, k in plan.groups}  # auto: up to all units
-        in_layers = {group.name: function_plan.nbytes(checkpoint, group, widths[group.name], forks) for group, _ in plan.groups}
+        needs = partial(function_plan.nbytes, checkpoint, forks=forks, noise=noise)
+        in_layers = {group.name: needs(group, widths[group.name]) for group, _ in plan.groups}
     spills, gpu_room = backend.startswith("cpu"), room if gpu else None
     budgeted = partial(make_budget, checkpoint, spills=spills, gpu_memory=gpu_room, beside=in_layers)
     budget = budgeted(plan, limit, held)
@@ -443,7 +448,7 @@ def _write_weights(
     finished = frozenset(source)
     limited = prepared.gpu.limited(prepared.gpu_memory) if prepared.gpu else nullcontext()
     with limited, Output(stage.folder, plan.tensors, plan.shards, finished) as output:
-        function = _by_function(prepared, output, seen, finished) if seen else None
+        function = _by_function(prepared, output, seen, finished) if "metric" in prepared.options else None
         if ray:
             run = partial(distributed.run_jobs, ray if isinstance(ray, str) else None)
         else:
@@ -455,15 +460,17 @@ def _write_weights(
     return [reports[group.name] for group, _ in plan.groups], source, result
 
 
-def _by_function(prepared: Prepared, output: Output, seen: function_plan.Seen, finished: frozenset[str]) -> ByFunction:
-    """Tensors ``finished`` by a run that was stopped are seen as they were folded."""
+def _by_function(prepared: Prepared, output: Output, seen: function_plan.Seen | None, finished: frozenset[str]) -> ByFunction:
+    """Without what was seen of text, on noise. Tensors ``finished`` by a run that was stopped are seen as they were folded."""
 
     def place(name: str) -> TensorInfo:
         return output.place(name) if name in finished else prepared.checkpoint.tensors[name]
 
-    dtype = ops.product_dtype(prepared.backend)
-    activations = Activations(prepared.checkpoint, seen.text.tokens, place, dtype)
-    return ByFunction(activations, seen.information, prepared.options["repair"] == "ridge")
+    dtype, options = ops.product_dtype(prepared.backend), prepared.options
+    ridge = options["repair"] == "ridge"
+    if seen is None:
+        return ByFunction(Noise(prepared.checkpoint, options["seed"], dtype), None, ridge)
+    return ByFunction(Activations(prepared.checkpoint, seen.text.tokens, place, dtype), seen.information, ridge)
 
 
 def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
