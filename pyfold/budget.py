@@ -135,12 +135,13 @@ def make_budget(
     spills: bool = True,
     gpu_memory: int | None = None,
     beside: Mapping[str, int] | None = None,
+    whole: bool = False,
 ) -> Budget:
     """Cut every group so that the process stays below ``host_memory`` bytes, no finer than that takes.
 
     With ``spills`` a Gram matrix may go to a file, which the backend must be able to cluster. With ``gpu_memory`` a GPU
-    computes, and takes no more than that. ``beside``: bytes of what else is in memory while a group is folded, by its name; its
-    weights are then not cut.
+    computes, and takes no more than that. ``beside``: bytes of what else is in memory while a group is folded, by its name.
+    ``whole``: weights are not cut.
 
     What is left goes to reading ahead, then to writing behind: no more than the largest tensor read at once, and the largest
     group folded.
@@ -151,13 +152,14 @@ def make_budget(
         If a group does not fit however finely it is cut; names the least that would do.
     """
     room = host_memory - process
+    more = beside or dict.fromkeys((group.name for group, _ in plan.groups), 0)
     if gpu_memory is None:
-        whole = beside is not None
-        more = beside or dict.fromkeys((group.name for group, _ in plan.groups), 0)
         ways = {name: _Way(gpu=False, spills=spills and not whole, whole=whole, beside=n) for name, n in more.items()}
     else:
         limits = gpu_budget.strip_limits(checkpoint, plan, gpu_memory, spills=spills)
-        ways = {name: _Way(gpu=True, spills=limit is not None, strip=limit) for name, limit in limits.items()}
+        ways = {
+            name: _Way(gpu=True, spills=limit is not None, strip=limit, beside=more[name]) for name, limit in limits.items()
+        }
     leasts = {group.name: _least(group, k, checkpoint, ways[group.name]) for group, k in plan.groups}
     name = max(leasts, key=lambda name: leasts[name])
     if room < max(leasts[name], _COPYING):
@@ -232,14 +234,15 @@ def _cut(group: FoldGroup, k: int, checkpoint: Checkpoint, room: int, way: _Way)
     least = way.least_strip(group)
     for features in (size for size in sizes if size <= _SPILLED_PIECE):
         piece = max(_piece_bytes(checkpoint.tensors[name], n, features) for name in group.tensors)
-        left = room - group_bytes(group, k, checkpoint, features, least, gpu=way.gpu)
+        left = room - way.beside - group_bytes(group, k, checkpoint, features, least, gpu=way.gpu)
         strip = least + max(0, left - 2 * piece)  # one read ahead, one written behind
         if way.strip is not None:
             strip = min(strip, way.strip)
         if strip >= min(n, _STRIP_ROWS) * 4 * n or strip == way.strip:
             break
     disk = ops.disk_bytes(n, k)
-    return GroupBudget(features, strip, group_bytes(group, k, checkpoint, features, strip, gpu=way.gpu), 0, disk)
+    nbytes = group_bytes(group, k, checkpoint, features, strip, gpu=way.gpu) + way.beside
+    return GroupBudget(features, strip, nbytes, 0, disk)
 
 
 def _piece_bytes(info: TensorInfo, width: int, features: int | None) -> int:

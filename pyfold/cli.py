@@ -300,7 +300,11 @@ def _parser() -> argparse.ArgumentParser:
         help="of the function metric: self (default), text that the model writes itself, a file of text, or none, Gaussian "
         "noise through the norm before the units; the weight metric has none",
     )
-    fold.add_argument("--repair", default="ridge", help="of the function metric: ridge (default) or none")
+    fold.add_argument(
+        "--repair",
+        help="of the function metric: ridge (default) or none; of the weight metric: none (default) or variance, which scales "
+        "the consumer so that its output's variance stays",
+    )
     fold.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the text that the model writes, or of the noise (default 0)"
     )

@@ -38,9 +38,10 @@ from pyfold.progress import Progress
 from pyfold.report import FoldReport, GpuReport, GroupReport, peak_rss_bytes, rss_bytes
 from pyfold.streams import Gpu, open_device
 from pyfold.trace import Trace
+from pyfold.variance import variance_bytes
 
 METRICS = ("weight", "function")
-REPAIRS = ("none", "ridge")
+REPAIRS = {"weight": ("none", "variance"), "function": ("ridge", "none")}  # of each metric, its default first
 ALLOCATIONS = ("uniform", "auto")
 PROFILES = ("per-layer", "stock")
 
@@ -66,7 +67,7 @@ def fold_checkpoint(
     backend: str = "auto",
     metric: str = "weight",
     calibration: str | Path = "self",
-    repair: str = "ridge",
+    repair: str | None = None,
     seed: int = 0,
     trace: str | Path | None = None,
     ray: Literal[True] | str | None = None,
@@ -117,8 +118,10 @@ def fold_checkpoint(
     calibration : str or Path
         What units of the function metric are seen on: ``self``, text that the model writes itself (and that is kept in
         ``DST.pyfold-calibration.json``), a file of text, or ``none``: Gaussian noise through the norm before them.
-    repair : str
-        Of the function metric: ``ridge``, consumers are regressed on the units that stay, or ``none``.
+    repair : str, optional
+        Of the function metric: ``ridge``, consumers are regressed on the units that stay, by default, or ``none``. Of the
+        weight metric: ``none``, by default, or ``variance``, consumers are scaled so that their output keeps the variance that
+        it has on noise through the norm before the units.
     seed : int
         Of the text that the model writes itself, or of the noise.
     trace : str or Path, optional
@@ -282,7 +285,7 @@ def prepare(
     backend: str,
     metric: str = "weight",
     calibration: str | Path = "self",
-    repair: str = "ridge",
+    repair: str | None = None,
     seed: int = 0,
     beside: int = 0,
 ) -> Prepared:
@@ -292,12 +295,14 @@ def prepare(
     """
     for what, given, known in (
         ("metric", metric, METRICS),
-        ("repair", repair, REPAIRS),
         ("allocate", allocate, ALLOCATIONS),
         ("profile", profile, PROFILES),
     ):
         if given not in known:
             raise PyfoldError(f"{what}: expected {' or '.join(known)}, got '{given}'")
+    repair = REPAIRS[metric][0] if repair is None else repair
+    if repair not in REPAIRS[metric]:
+        raise PyfoldError(f"repair: expected {' or '.join(REPAIRS[metric])} of metric {metric}, got '{repair}'")
     if allocate == "auto" and metric != "function":
         raise PyfoldError("allocate: auto measures on text what each group is worth; it needs metric function")
     if allocate == "auto" and width is not None:
@@ -356,6 +361,9 @@ def prepare(
     held = rss_bytes() + beside
     limit = held + bytes_free(torch.device("cpu")) if host_memory is None else parse_size(host_memory, "host_memory")
     in_layers = None
+    if repair == "variance":
+        options |= {"repair": repair}
+        in_layers = {group.name: variance_bytes(checkpoint, group) for group, _ in plan.groups}
     if metric == "function":
         options |= {"metric": metric, "repair": repair}
         if noise:
@@ -369,7 +377,9 @@ def prepare(
         needs = partial(function_plan.nbytes, checkpoint, forks=forks, noise=noise)
         in_layers = {group.name: needs(group, widths[group.name]) for group, _ in plan.groups}
     spills, gpu_room = backend.startswith("cpu"), room if gpu else None
-    budgeted = partial(make_budget, checkpoint, spills=spills, gpu_memory=gpu_room, beside=in_layers)
+    budgeted = partial(
+        make_budget, checkpoint, spills=spills, gpu_memory=gpu_room, beside=in_layers, whole=metric == "function"
+    )
     budget = budgeted(plan, limit, held)
 
     def replan(widths: Mapping[int, int]) -> tuple[Plan, Budget]:
@@ -444,7 +454,7 @@ def _write_weights(
         if progress:
             progress(done, checkpoint.nbytes, what)
 
-    jobs = make_jobs(checkpoint, plan, source)
+    jobs = make_jobs(checkpoint, plan, source, keeps_variance=prepared.options.get("repair") == "variance")
     finished = frozenset(source)
     limited = prepared.gpu.limited(prepared.gpu_memory) if prepared.gpu else nullcontext()
     with limited, Output(stage.folder, plan.tensors, plan.shards, finished) as output:

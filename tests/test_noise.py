@@ -56,7 +56,13 @@ def test_a_fold_does_not_see_them(family: str, options: dict[str, Any], repair: 
     for name, one in (("plain", model), ("moved", moved(model))):
         one.save_pretrained(tmp_path / name)
         fold_checkpoint(
-            tmp_path / name, tmp_path / f"{name}-folded", ratio=0.25, metric="function", calibration="none", repair=repair
+            tmp_path / name,
+            tmp_path / f"{name}-folded",
+            ratio=0.25,
+            metric="function",
+            calibration="none",
+            repair=repair,
+            backend="cpu:avx2",
         )
         said.append(logits(load(tmp_path / f"{name}-folded"), prompt()))
     assert not torch.allclose(said[0], logits(model, prompt()), atol=1e-2)
@@ -67,7 +73,7 @@ def test_noise_is_white_behind_its_gain(tmp_path: Path) -> None:
     """Units say of it what they say of N(0, diag(g²)): their second moments, against samples of another seed, in fp64."""
     folder = tiny_checkpoint(tmp_path / "src", hidden_size=256, width=40)
     checkpoint = open_checkpoint(folder)
-    noise = Noise(checkpoint, 0, torch.float32)
+    noise = Noise(checkpoint, 5, torch.float32)  # not the seed of the weights
     mlp = load(folder).model.layers[1].mlp.double()
     gain = load(folder).model.layers[1].post_attention_layernorm.weight.double()
     weights = {f"model.layers.1.mlp.{name}": tensor.float() for name, tensor in mlp.state_dict().items()}
@@ -80,7 +86,7 @@ def test_noise_is_white_behind_its_gain(tmp_path: Path) -> None:
     found = (seen.fitted + seen.held_out).double() / n
     scale = expected.diagonal().sqrt()
     off = ((found - expected) / scale / scale[:, None]).abs()
-    assert float(off.mean()) < 0.02
+    assert float(off.mean()) < 0.05
     assert float((found.diagonal() / expected.diagonal()).mean()) == pytest.approx(1, abs=0.03)
 
 
@@ -98,7 +104,9 @@ def test_units_that_differ_by_a_symmetry_are_one(tmp_path: Path) -> None:
     expected = logits(model, prompt())
     off = {}
     for metric in ("weight", "function"):
-        fold_checkpoint(tmp_path / "src", tmp_path / metric, width=24, metric=metric, calibration="none", repair="none")
+        fold_checkpoint(
+            tmp_path / "src", tmp_path / metric, width=24, metric=metric, calibration="none", repair="none", backend="cpu:avx2"
+        )
         off[metric] = float((logits(load(tmp_path / metric), prompt()) - expected).abs().max())
     assert off["function"] < 1e-3 < 0.1 < off["weight"], off
 
