@@ -27,6 +27,7 @@ from pyfold.io.safetensors import ITEM_SIZE
 
 _ACTS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": silu, "gelu": gelu}
 _SAMPLES = 128  # inputs, and as many directions: of 2^14 products the variance, of both networks' on the same ones the ratio
+_ROWS = 16  # inputs in hand in fp64: less memory than clustering took
 _PANEL = 512  # features summed at a time: a multiple of all that weights are cut to
 
 
@@ -89,21 +90,23 @@ class Sketch:
         """Variance of the output with clusters merged, rows averaged and columns summed, over that of the output as it is; 1
         where that is 0."""
         size = torch.bincount(labels, minlength=n_clusters).double()
-        said, heard = [], []
-        for name in self._group.producers:
-            z = self._products[name][:, _SAMPLES:].double()
-            for bias in (self._biases[one] for one in self._biases if one.removesuffix("bias") == name.removesuffix("weight")):
-                z += bias
-            said.append((z, _summed(z, labels, n_clusters) / size))
-        [consumer] = self._group.consumers
-        v = self._products[consumer][:, _SAMPLES:].double()
-        heard = [v, _summed(v, labels, n_clusters)]
-        act = _ACTS[self._group.act]
-        whole, folded = (
-            float((act(gate) * up @ v.T).var(0, correction=0).sum()) for gate, up, v in zip(*said, heard, strict=True)
-        )
+        act, [consumer] = _ACTS[self._group.act], self._group.consumers
+        heard = self._products[consumer][:, _SAMPLES:].double()
+        outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for first in range(0, _SAMPLES, _ROWS):
+            gate, up = (self._said(name, slice(first, first + _ROWS)) for name in self._group.producers)
+            outputs[0].append(act(gate) * up @ heard.T)
+            gate, up = (_summed(z, labels, n_clusters) / size for z in (gate, up))
+            outputs[1].append(act(gate) * up @ _summed(heard, labels, n_clusters).T)
+        whole, folded = (float(torch.cat(y).var(0, correction=0).sum()) for y in outputs)
         # Threads sum fp64 in other orders: in fp32 that cannot be seen.
         return float(np.float32(folded / whole)) if whole else 1.0
+
+    def _said(self, producer: str, inputs: slice) -> Tensor:
+        """What a producer makes of some inputs, (inputs, N), fp64."""
+        z = self._products[producer][inputs, _SAMPLES:].double()
+        bias = self._biases.get(producer.removesuffix("weight") + "bias")
+        return z if bias is None else z + bias
 
 
 def _summed(x: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
