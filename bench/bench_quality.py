@@ -170,7 +170,12 @@ def test_uniform(bench: Bench) -> None:
     """The same share of units in all layers but the first."""
     share, layers = ("--ratio", 0.2), ("--layers", bench.sizes.layers)
     rows = bench.report.tables[f"20 % of the units in layers {bench.sizes.layers}"] = []
-    rows.append({"method": "weight metric", "asked": None, **bench.fold("u-weight", *share, *layers)})
+    for method, options in (
+        ("weight metric", ()),
+        ("weight metric + variance", ("--repair", "variance")),
+        ("function metric + ridge, noise instead of text", (*FUNCTION, "--calibration", "none")),
+    ):
+        rows.append({"method": method, "asked": None, **bench.fold(f"u-{len(rows)}-blind", *share, *layers, *options)})
     for seed in bench.sizes.seeds:
         row = bench.fold(f"u-{seed}", *share, *layers, *FUNCTION, "--seed", seed)
         rows.append({"method": f"function metric + ridge, seed {seed}", "asked": "< 1.35", **row})
