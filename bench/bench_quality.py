@@ -2,7 +2,8 @@
 
 Run by hand: ``pytest bench/bench_quality.py --text wikitext2_raw_test.txt [--scale small] [--cache DIR]``. Each fold is a
 ``pyfold fold`` in a process of its own, cold, unless it is said to take another's text. What it is compared with is in
-``selection.py``. Real calibration text is of articles of the same file that no evaluated window touches. Takes two hours.
+``selection.py``. Variances are of what folded layers add to the stream on the windows, over the dense model's, least to most of
+all layers. Real calibration text is of articles of the same file that no evaluated window touches. Takes two hours.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import statistics
 import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +27,7 @@ from conftest import Report
 from report import Row
 from selection import flap
 from smollm2 import make
+from torch import Tensor
 
 from pyfold import ops, survey
 from pyfold.calibration import CACHE
@@ -60,7 +65,10 @@ class Bench:
         self.report, self.sizes, self.folder = report, report.sizes, folder
         self.source = make(cache / "smollm2")
         self.text = text.read_text(encoding="utf-8")
-        self.dense = self._perplexity(*load_model(self.source))
+        model, tokenizer = load_model(self.source)
+        self.widths = [layer.mlp.down_proj.in_features for layer in model.model.layers]
+        with output_variances(model, range(len(self.widths))) as self.variances:
+            self.dense = self._perplexity(model, tokenizer)
         self.real = folder / "real.txt"
         self.real.write_text(unseen(self.text, load_tokenizer(self.source), self.sizes.windows, self.sizes.context))
         report.notes.append(f"Dense perplexity {self.dense:.3f}, {self.sizes.windows} windows of {self.sizes.context}.")
@@ -73,13 +81,9 @@ class Bench:
         used = child.run([sys.executable, *command, self.source, to, "--quiet", *options])
         assert used.returncode == 0
         record = json.loads((to / "pyfold.json").read_text())
-        units = [(group["width"], group["folded_width"]) for group in record["groups"]]
-        return {
-            "removed": 1 - sum(kept for _, kept in units) / sum(width for width, _ in units),
-            "x dense": self._perplexity(*load_model(to)) / self.dense,
-            "seconds": used.seconds,
-            "peak MiB": used.peak_rss / 2**20,
-        }
+        widths = {group["layer"]: group["folded_width"] for group in record["groups"]}
+        measured = self._measured(*load_model(to), widths)
+        return {**measured, "seconds": used.seconds, "peak MiB": used.peak_rss / 2**20}
 
     def flap(self, like: str) -> Row:
         """FLAP with the text and at the widths of a fold."""
@@ -88,17 +92,48 @@ class Bench:
         tokens = json.loads((self.folder / f"{like}{CACHE}").read_text())["tokens"]["value"]
         widths = {group["layer"]: group["folded_width"] for group in groups}
         flap(model, torch.tensor(tokens), widths)
-        units = sum(group["width"] for group in groups)
+        return {**self._measured(model, tokenizer, widths), "seconds": None, "peak MiB": None}
+
+    def _measured(self, model: Any, tokenizer: Any, widths: Mapping[int, int]) -> Row:
+        """Of a model with some layers folded to these widths."""
+        with output_variances(model, widths) as variances:
+            perplexity = self._perplexity(model, tokenizer)
+        ratios = [variances[layer] / self.variances[layer] for layer in widths]
         return {
-            "removed": 1 - sum(widths.values()) / units,
-            "x dense": self._perplexity(model, tokenizer) / self.dense,
-            "seconds": None,
-            "peak MiB": None,
+            "removed": 1 - sum(widths.values()) / sum(self.widths[layer] for layer in widths),
+            "x dense": perplexity / self.dense,
+            "least variance": min(ratios),
+            "median variance": statistics.median(ratios),
+            "most variance": max(ratios),
         }
 
     def _perplexity(self, model: Any, tokenizer: Any) -> float:
         sizes = self.sizes
         return score(model, tokenizer, text=self.text, context=sizes.context, windows=sizes.windows).perplexity
+
+
+@contextmanager
+def output_variances(model: Any, layers: Iterable[int]) -> Iterator[dict[int, float]]:
+    """Of layers the variance of down_proj's output over all tokens that pass within, summed over its features; filled at the
+    end."""
+    sums: dict[int, tuple[int, Tensor, Tensor]] = {}
+
+    def note(layer: int, output: Tensor) -> None:
+        y = output.flatten(0, -2).double()
+        n, total, squares = sums.get(layer, (0, torch.zeros(y.shape[1]), torch.zeros(y.shape[1])))
+        sums[layer] = n + len(y), total + y.sum(0), squares + y.square().sum(0)
+
+    hooks = [
+        model.model.layers[layer].mlp.down_proj.register_forward_hook(lambda *seen, layer=layer: note(layer, seen[-1]))
+        for layer in layers
+    ]
+    variances: dict[int, float] = {}
+    try:
+        yield variances
+    finally:
+        for hook in hooks:
+            hook.remove()
+    variances |= {layer: float((squares / n - (total / n).square()).sum()) for layer, (n, total, squares) in sums.items()}
 
 
 def unseen(text: str, tokenizer: Any, windows: int, context: int) -> str:
@@ -135,7 +170,12 @@ def test_uniform(bench: Bench) -> None:
     """The same share of units in all layers but the first."""
     share, layers = ("--ratio", 0.2), ("--layers", bench.sizes.layers)
     rows = bench.report.tables[f"20 % of the units in layers {bench.sizes.layers}"] = []
-    rows.append({"method": "weight metric", "asked": None, **bench.fold("u-weight", *share, *layers)})
+    for method, options in (
+        ("weight metric", ()),
+        ("weight metric + variance", ("--repair", "variance")),
+        ("function metric + ridge, noise instead of text", (*FUNCTION, "--calibration", "none")),
+    ):
+        rows.append({"method": method, "asked": None, **bench.fold(f"u-{len(rows)}-blind", *share, *layers, *options)})
     for seed in bench.sizes.seeds:
         row = bench.fold(f"u-{seed}", *share, *layers, *FUNCTION, "--seed", seed)
         rows.append({"method": f"function metric + ridge, seed {seed}", "asked": "< 1.35", **row})

@@ -135,12 +135,13 @@ def make_budget(
     spills: bool = True,
     gpu_memory: int | None = None,
     beside: Mapping[str, int] | None = None,
+    by_function: bool = False,
 ) -> Budget:
     """Cut every group so that the process stays below ``host_memory`` bytes, no finer than that takes.
 
     With ``spills`` a Gram matrix may go to a file, which the backend must be able to cluster. With ``gpu_memory`` a GPU
-    computes, and takes no more than that. ``beside``: where a group is folded by function, bytes of all else but its weights,
-    which are whole, and what the kernels work in; by its name.
+    computes, and takes no more than that. ``beside``: bytes of what else is in memory while a group is folded, by its name;
+    with ``by_function`` of all but its weights, which are whole, and what the kernels work in.
 
     What is left goes to reading ahead, then to writing behind: no more than the largest tensor read at once, and the largest
     group folded.
@@ -151,15 +152,13 @@ def make_budget(
         If a group does not fit however finely it is cut; names the least that would do.
     """
     room = host_memory - process
+    others = beside or dict.fromkeys((group.name for group, _ in plan.groups), 0)
     if gpu_memory is None:
-        others = beside or {}
-        ways = {
-            group.name: _Way(gpu=False, spills=spills and beside is None, beside=others.get(group.name))
-            for group, _ in plan.groups
-        }
+        spills = spills and not by_function
+        ways = {name: _Way(gpu=False, spills=spills, beside=n, by_function=by_function) for name, n in others.items()}
     else:
         limits = gpu_budget.strip_limits(checkpoint, plan, gpu_memory, spills=spills)
-        ways = {name: _Way(gpu=True, spills=limit is not None, strip=limit) for name, limit in limits.items()}
+        ways = {name: _Way(gpu=True, spills=n is not None, strip=n, beside=others[name]) for name, n in limits.items()}
     leasts = {group.name: _least(group, k, checkpoint, ways[group.name]) for group, k in plan.groups}
     name = max(leasts, key=lambda name: leasts[name])
     if room < max(leasts[name], _COPYING):
@@ -179,7 +178,7 @@ def make_budget(
         name: replace(cut, nbytes=cut.nbytes + behind, behind=behind) if cut.features else cut for name, cut in takes.items()
     }
     kernels = max(
-        _kernel_bytes(group, k, takes[group.name].strip, ways[group.name].gpu) + (ways[group.name].beside or 0)
+        _kernel_bytes(group, k, takes[group.name].strip, ways[group.name].gpu) + ways[group.name].beside
         for group, k in plan.groups
     )
     kernels += _SLACK
@@ -195,12 +194,13 @@ def make_budget(
 @dataclass(frozen=True)
 class _Way:
     """Whether a GPU computes a group's Gram matrix, whether that may lie in a file, how many bytes of it a GPU has room for
-    (None: all); bytes of all else, where it is folded by function."""
+    (None: all); bytes of what else is in memory, and whether the group is folded by function."""
 
     gpu: bool
     spills: bool
     strip: int | None = None
-    beside: int | None = None
+    beside: int = 0
+    by_function: bool = False
 
     @property
     def panel(self) -> int:
@@ -213,36 +213,39 @@ class _Way:
 
 def _least(group: FoldGroup, k: int, checkpoint: Checkpoint, way: _Way) -> int:
     """Bytes with which the group can be folded in some way."""
-    if way.beside is not None:
+    if way.by_function:
         return function_bytes(group, k, checkpoint, way.beside)
     strips = ([None] if way.strip is None else []) + ([way.least_strip(group)] if way.spills else [])
     pieces = (None, way.panel)
-    return min(group_bytes(group, k, checkpoint, features, strip, gpu=way.gpu) for features in pieces for strip in strips)
+    return way.beside + min(
+        group_bytes(group, k, checkpoint, features, strip, gpu=way.gpu) for features in pieces for strip in strips
+    )
 
 
 def _cut(group: FoldGroup, k: int, checkpoint: Checkpoint, room: int, way: _Way) -> GroupBudget:
     """The best way to fold a group in so many bytes, which must do for one."""
     n, panel = group.width, way.panel
     whole = sum(checkpoint.tensors[name].nbytes for name in group.tensors)
-    if way.beside is not None:
+    if way.by_function:
         return GroupBudget(None, None, function_bytes(group, k, checkpoint, way.beside), whole)
     most = max(checkpoint.tensors[name].n_parameters // n for name in group.tensors)
     sizes = range(-(-most // panel) * panel, 0, -panel)
     for features in (None, *sizes) if way.strip is None else ():
-        nbytes = group_bytes(group, k, checkpoint, features, gpu=way.gpu)
+        nbytes = group_bytes(group, k, checkpoint, features, gpu=way.gpu) + way.beside
         if nbytes <= room:
             return GroupBudget(features, None, nbytes, whole if features is None else 0)
     least = way.least_strip(group)
     for features in (size for size in sizes if size <= _SPILLED_PIECE):
         piece = max(_piece_bytes(checkpoint.tensors[name], n, features) for name in group.tensors)
-        left = room - group_bytes(group, k, checkpoint, features, least, gpu=way.gpu)
+        left = room - way.beside - group_bytes(group, k, checkpoint, features, least, gpu=way.gpu)
         strip = least + max(0, left - 2 * piece)  # one read ahead, one written behind
         if way.strip is not None:
             strip = min(strip, way.strip)
         if strip >= min(n, _STRIP_ROWS) * 4 * n or strip == way.strip:
             break
     disk = ops.disk_bytes(n, k)
-    return GroupBudget(features, strip, group_bytes(group, k, checkpoint, features, strip, gpu=way.gpu), 0, disk)
+    nbytes = group_bytes(group, k, checkpoint, features, strip, gpu=way.gpu) + way.beside
+    return GroupBudget(features, strip, nbytes, 0, disk)
 
 
 def _piece_bytes(info: TensorInfo, width: int, features: int | None) -> int:

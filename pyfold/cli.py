@@ -307,11 +307,17 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration",
         default="self",
         metavar="FILE",
-        help="of the function metric: self (default), text that the model writes itself, or a file of text; the weight "
-        "metric has none",
+        help="of the function metric: self (default), text that the model writes itself, a file of text, or none, Gaussian "
+        "noise through the norm before the units; the weight metric has none",
     )
-    fold.add_argument("--repair", default="ridge", help="of the function metric: ridge (default) or none")
-    fold.add_argument("--seed", type=int, default=0, metavar="N", help="of the text that the model writes (default 0)")
+    fold.add_argument(
+        "--repair",
+        help="of the function metric: ridge (default) or none; of the weight metric: none (default) or variance, which scales "
+        "the consumer so that its output's variance stays",
+    )
+    fold.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the text that the model writes, or of the noise (default 0)"
+    )
     fold.add_argument(
         "--allocate",
         default="uniform",
@@ -352,7 +358,7 @@ def _parser() -> argparse.ArgumentParser:
     _run_options(plan)
     plan.add_argument("--metric", default="weight", help="as of fold; by function, phase by phase (default weight)")
     plan.add_argument("--calibration", default="self", metavar="FILE", help="as of fold (default self)")
-    plan.add_argument("--repair", default="ridge", help="as of fold (default ridge)")
+    plan.add_argument("--repair", help="as of fold")
     plan.add_argument("--allocate", default="uniform", help="as of fold (default uniform)")
     plan.add_argument("--profile", default="per-layer", help="as of fold (default per-layer)")
     plan.add_argument(

@@ -56,9 +56,11 @@ class Device(Protocol):
     def cluster(self, n_clusters: int, file: ops.GramFile | None) -> Clustering:
         """By the matrix in the file, or by the strip, which is all of it. Raises ValueError."""
 
-    def merge(self, values: Tensor, clusters: Clustering, dtype: torch.dtype, check: Check, *, consumer: bool) -> Merged:
-        """Values with their clusters merged: rows, or columns of a consumer. ``check`` is called with them before they are
-        read."""
+    def merge(
+        self, values: Tensor, clusters: Clustering, dtype: torch.dtype, check: Check, *, consumer: bool, scale: float = 1.0
+    ) -> Merged:
+        """Values with their clusters merged: rows, or columns of a consumer, which are scaled. ``check`` is called with them
+        before they are read."""
 
     def give_back(self, values: Tensor) -> None:
         """Those that the last call was given are no more needed."""
@@ -93,11 +95,16 @@ class OnHost:
         self._drop()
         return clusters
 
-    def merge(self, values: Tensor, clusters: Clustering, dtype: torch.dtype, check: Check, *, consumer: bool) -> Merged:
+    def merge(
+        self, values: Tensor, clusters: Clustering, dtype: torch.dtype, check: Check, *, consumer: bool, scale: float = 1.0
+    ) -> Merged:
         k = clusters.n_clusters
-        shape = (len(values), k) if consumer else (k, values.shape[1])
-        op = ops.merge_columns if consumer else ops.merge_rows
-        block = op(values, clusters.labels, k, out=self._pool.empty(shape, dtype), backend=self._backend)
+        out = self._pool.empty((len(values), k) if consumer else (k, values.shape[1]), dtype)
+        if consumer:
+            scales = None if scale == 1 else torch.full(clusters.labels.shape, scale)
+            block = ops.merge_columns(values, clusters.labels, k, scale=scales, out=out, backend=self._backend)
+        else:
+            block = ops.merge_rows(values, clusters.labels, k, out=out, backend=self._backend)
         check(block)
         return Merged(block, lambda: None)
 
@@ -145,7 +152,7 @@ class OnGpu:
     def __init__(self, gpu: Gpu, groups: Mapping[str, Buffers], backend: str, pool: Pool) -> None:
         self._gpu, self._groups, self._backend, self._pool = gpu, groups, backend, pool
         self._going_up: deque[tuple[Tensor, Event]] = deque()  # values to be given back, and the last copy of them
-        self._gram = self._strip = self._labels = torch.empty(0)
+        self._gram = self._strip = self._labels = self._scales = torch.empty(0)
         self._up: Iterator[_Slot] = iter(())
         self._down: Iterator[_Slot] = iter(())
         self._computed: Event | None = None  # the strip, as far as it has been asked for
@@ -196,17 +203,25 @@ class OnGpu:
         self._gpu.up.put(partial(self._gpu.copy, self._labels[None], labels[None]))  # whoever waits for a panel waits for it
         return replace(found, labels=labels)
 
-    def merge(self, values: Tensor, clusters: Clustering, dtype: torch.dtype, check: Check, *, consumer: bool) -> Merged:
+    def merge(
+        self, values: Tensor, clusters: Clustering, dtype: torch.dtype, check: Check, *, consumer: bool, scale: float = 1.0
+    ) -> Merged:
         k, gpu = clusters.n_clusters, self._gpu
         block = self._pool.empty((len(values), k) if consumer else (k, values.shape[1]), dtype)
         # The public op would look at the labels again and wait for the device, panel by panel.
         merge = registry.call("merge_columns" if consumer else "merge_rows", gpu.backend, gpu.device)
+        scales: Tensor | None = None
+        if consumer and scale != 1:
+            if self._scales.numel() == 0:
+                self._scales = gpu.empty((1, len(self._labels)), torch.float32)
+                gpu.up.put(partial(gpu.copy, self._scales, torch.full((1, len(self._labels)), scale)))
+            scales = self._scales[0]
         down: Event | None = None
         for panel in self._panels(values, consumer):
             part = _features(block, panel.features, consumer)
             slot = next(self._down)
             made = slot.matrix(len(part), part.shape[1], dtype)
-            merged = gpu.kernels.put(partial(merge, panel.values, self._labels, k, None, made), panel.ready, *slot.free)
+            merged = gpu.kernels.put(partial(merge, panel.values, self._labels, k, scales, made), panel.ready, *slot.free)
             panel.slot.free = (merged,)
             down = gpu.down.put(partial(gpu.copy, part, made), merged)
             slot.free = (down,)
@@ -256,7 +271,7 @@ class OnGpu:
 
     def _drop(self) -> None:
         """All memory on the device."""
-        self._gram = self._strip = self._labels = torch.empty(0)
+        self._gram = self._strip = self._labels = self._scales = torch.empty(0)
         self._up, self._down = iter(()), iter(())
         self._gpu.release()
 

@@ -166,7 +166,8 @@ def _work(job: Job, fold: _Fold) -> tuple[dict[str, Any], float, str]:
 
 def _absolute(job: Job) -> Job:
     """A worker has a working folder of its own."""
-    return replace(job, tensors=tuple(replace(info, path=info.path.absolute()) for info in job.tensors))
+    tensors = tuple(replace(info, path=info.path.absolute()) for info in job.tensors)
+    return replace(job, tensors=tensors, gain=job.gain and replace(job.gain, path=job.gain.path.absolute()))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pyfold.budget import function_bytes
 from pyfold.calibration import LENGTH, SEQUENCES
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
-from pyfold.families.activations import attending_bytes, information_bytes, saying_bytes
+from pyfold.families.activations import BATCH, attending_bytes, information_bytes, saying_bytes
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.survey import MEASURED
 
@@ -38,6 +38,12 @@ def survey(checkpoint: Checkpoint, groups: Sequence[FoldGroup], dtype: torch.dty
 def folding(checkpoint: Checkpoint, group: FoldGroup, k: int, dtype: torch.dtype) -> int:
     """While a group is folded, beside its weights and what kernels work in: hidden states, and what is done with both."""
     return _states(checkpoint, SEQUENCES) + _at_work(checkpoint, group, k, dtype)
+
+
+def on_noise(checkpoint: Checkpoint, group: FoldGroup, k: int, dtype: torch.dtype) -> int:
+    """The same where units are seen on noise: there are no states, but batches."""
+    hidden: int = checkpoint.config["hidden_size"]
+    return 3 * 4 * BATCH * hidden + function_metric.nbytes(group.width, k, hidden, dtype.itemsize)
 
 
 def _states(checkpoint: Checkpoint, sequences: int) -> int:

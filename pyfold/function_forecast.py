@@ -13,6 +13,7 @@ from pyfold import calibration, function_budget, ops
 from pyfold.calibration import LENGTH, SEQUENCES
 from pyfold.families import FoldGroup
 from pyfold.families.activations import head_of, kept_at_once, layer_parameters, layer_tensors
+from pyfold.families.noise import noise_inputs
 from pyfold.families.writing import dtype_of, writing_bytes
 from pyfold.function_budget import INFORMING, SURVEYING
 from pyfold.function_metric import HELD_OUT, LAMBDAS
@@ -78,9 +79,12 @@ class Pace:
         self._layer_bytes = [sum(info.nbytes for info in layer) for layer in layer_tensors(self._checkpoint)]
         self._head = self._checkpoint.tensors[head_of(self._checkpoint)]
         self._room = prepared.limit - prepared.budget.process
+        self._noise = prepared.text == "none"
 
     def before(self) -> list[Phase]:
         """The phases before folding. Raises PyfoldError where one does not fit, in the words of the fold."""
+        if self._noise:
+            return []
         written: list[Phase] = [self._writing()] if self._prepared.text == "self" else []
         surveyed = [self._survey()] if self._prepared.auto else []
         return [*written, self._gradients(), *surveyed]
@@ -137,7 +141,13 @@ class Pace:
         return self._phase("survey", memory, seconds + self._reading(read), read + self._head.nbytes)
 
     def folding(self, group: FoldGroup, k: int) -> tuple[float, float]:
-        """FLOP and seconds of a group, clustering apart: tokens go through its layer, and it is folded."""
+        """FLOP and seconds of a group, clustering apart: tokens go through its layer, or noise to its units; it is folded."""
+        if self._noise:
+            inputs = noise_inputs(self._checkpoint)
+            speaking = 2 * inputs * 2 * self._hidden * group.width
+            flops, seconds = self._folding(group, k, inputs)
+            seconds += speaking / self._rates.products[dtype_name(self._dtype)]
+            return flops + speaking, seconds + self._rates.clustering * inputs * group.width * _UNIT
         tokens = SEQUENCES * LENGTH
         feeding = 2 * tokens * 3 * self._hidden * (k - group.width / 3)  # units, moments, fold; then all of it as it is folded
         flops, seconds = self._folding(group, k, tokens)
@@ -146,6 +156,8 @@ class Pace:
 
     def passed_by(self) -> tuple[float, int]:
         """Seconds of tokens through layers that are not folded, before one that is; bytes read beside the groups."""
+        if self._noise:
+            return 0.0, 0
         folded = {group.layer for group, _ in self._prepared.plan.groups}
         seconds, read = 0.0, 0
         for layer in range(max(folded) + 1):

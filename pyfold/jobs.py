@@ -23,6 +23,7 @@ from pyfold.device import Device, OnGpu, OnHost
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
 from pyfold.families.activations import Activations
+from pyfold.families.noise import Noise
 from pyfold.function_metric import fold_units, moments
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.flow import Ahead, Behind
@@ -30,10 +31,11 @@ from pyfold.io.output import Output
 from pyfold.io.safetensors import Reader, TensorInfo, as_bytes, torch_dtype
 from pyfold.memory import Pool
 from pyfold.plan import Plan
-from pyfold.reads import Piece, Read, copy_reads, gram_reads, merge_reads, perform, sha256_of, strips_of
+from pyfold.reads import Piece, Read, copy_reads, gram_reads, merge_reads, perform, sha256_of, strips_of, vector_read
 from pyfold.report import GroupReport
 from pyfold.streams import Gpu
 from pyfold.trace import Trace
+from pyfold.variance import Sketch
 
 _RECORDED = 1 << 28  # bytes of tensors outside the groups that are written between two lines of the journal
 # Bytes of source weights that are done since the last call, and what is at work.
@@ -41,21 +43,23 @@ Advance = Callable[[int, str], None]
 
 
 class ByFunction(NamedTuple):
-    """The function metric: how tokens see the groups, what the loss knows of each layer's units, and whether consumers make up
-    for what is lost by ridge regression."""
+    """The function metric: what the groups read, of tokens what the loss on them knows of each layer's units, and whether
+    consumers make up for what is lost by ridge regression."""
 
-    activations: Activations
-    information: list[Tensor]
+    activations: Activations | Noise
+    information: list[Tensor] | None
     ridge: bool
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is finished at once: tensors to be copied, or to be folded as one group into so many clusters."""
+    """What is finished at once: tensors to be copied, or to be folded as one group into so many clusters. With the gain of its
+    norm, its output keeps the variance that it has behind that."""
 
     tensors: tuple[TensorInfo, ...]
     group: FoldGroup | None = None
     n_clusters: int = 0
+    gain: TensorInfo | None = None
 
 
 class Finished(NamedTuple):
@@ -74,17 +78,18 @@ class Finished(NamedTuple):
         return Finished(entry["source"], entry["result"], entry["group"] and GroupReport(**entry["group"]))
 
 
-def make_jobs(checkpoint: Checkpoint, plan: Plan, finished: Iterable[str] = ()) -> list[Job]:
-    """Every job of a plan but those of tensors ``finished``: groups in layer order, then the other tensors."""
-    done = set(finished)
+def make_jobs(checkpoint: Checkpoint, plan: Plan, finished: Iterable[str] = (), *, keeps_variance: bool = False) -> list[Job]:
+    """Every job of a plan but those of tensors ``finished``: groups in layer order, then the other tensors. ``keeps_variance``:
+    consumers are scaled so that groups do."""
+    tensors, done = checkpoint.tensors, set(finished)
     folded = {name for group, _ in plan.groups for name in group.tensors}
     jobs = [
-        Job(tuple(checkpoint.tensors[name] for name in group.tensors), group, k)
+        Job(tuple(map(tensors.__getitem__, group.tensors)), group, k, tensors[group.gain] if keeps_variance else None)
         for group, k in plan.groups
         if not done.issuperset(group.tensors)
     ]
     batch: list[TensorInfo] = []
-    for name, info in checkpoint.tensors.items():
+    for name, info in tensors.items():
         if name not in folded and name not in done:
             batch.append(info)
         if sum(one.nbytes for one in batch) >= _RECORDED:
@@ -100,6 +105,8 @@ def reads_of(job: Job, budget: Budget) -> Iterator[Read]:
             yield from copy_reads(info)
         return
     cut = budget.groups[job.group.name]
+    if job.gain:
+        yield vector_read(job.gain)
     for begin, _ in strips_of(job.group, cut):
         yield from gram_reads(job.group, job.tensors, cut, begin)
     if cut.features:
@@ -272,19 +279,32 @@ class _Fold:
 
     def run(self) -> GroupReport:
         group, stages = self.group, self.stages
+        sketch = self._sketch()
         with stages.device.group(group.name):
-            clusters = self._clusters()
+            clusters = self._clusters(sketch)
+            ratio = sketch.ratio(clusters.labels, clusters.n_clusters) if sketch else None
+            del sketch
+            scale = ratio**-0.5 if ratio else 1.0
             for info in self.job.tensors:
                 width = self.job.n_clusters if info.name in group.consumers else info.n_parameters // group.width
-                stages.write(info.name, self._merged(info, clusters), width, self._room)
-        return _report(group, clusters)
+                stages.write(info.name, self._merged(info, clusters, scale), width, self._room)
+        return _report(group, clusters, output_variance=ratio)
+
+    def _sketch(self) -> Sketch | None:
+        """Of the group, if its output is to keep its variance."""
+        if self.job.gain is None:
+            return None
+        [(_, values)] = self.stages.take([vector_read(self.job.gain)])
+        sketch = Sketch(self.group, values[0].clone(), self.stages.backend)
+        self.stages.pool.give_back(values)
+        return sketch
 
     def _room(self) -> int:
         """Bytes for what waits to be written."""
         return self.cut.behind - sum(values.nbytes for _, values in self.held.values())
 
-    def _clusters(self) -> Clustering:
-        """By the group's Gram matrix: in memory, or, strip by strip, in a file."""
+    def _clusters(self, sketch: Sketch | None) -> Clustering:
+        """By the group's Gram matrix: in memory, or, strip by strip, in a file; the sketch is made as weights go by."""
         group, cut, stages, device = self.group, self.cut, self.stages, self.stages.device
         largest = max(read.nbytes for read in gram_reads(group, self.job.tensors, cut, 0))
         stages.wait(self._room() - largest)
@@ -292,9 +312,13 @@ class _Fold:
             for begin, end in strips_of(group, cut):
                 device.strip(end - begin, group.width - begin)
                 for read, values in stages.take(gram_reads(group, self.job.tensors, cut, begin)):
+                    assert read.rows is not None
                     name = read.info.name
                     with stages.trace("gram", tensor=name):
                         device.gram(values, transposed=name in group.consumers)
+                    if sketch and begin == 0:
+                        with stages.trace("sketch", tensor=name):
+                            sketch.add(name, values, read.rows.start if name in group.consumers else read.columns.start)
                     if cut.features is None:
                         self.held[name] = (read, values)
                     else:
@@ -312,14 +336,14 @@ class _Fold:
                 except ValueError as error:
                     raise PyfoldError(f"{self.job.tensors[0].path}: {group.name} cannot be clustered: {error}") from None
 
-    def _merged(self, info: TensorInfo, clusters: Clustering) -> Iterator[_Block]:
+    def _merged(self, info: TensorInfo, clusters: Clustering, scale: float) -> Iterator[_Block]:
         """A member with its clusters merged, as it is held or in pieces."""
         stages, consumer = self.stages, info.name in self.group.consumers
         again = stages.take(merge_reads(self.group, info, self.cut))
         for read, values in again if self.cut.features else self._let_go(info.name):
             check = partial(stages.check_finite, read, what="folded")
             with stages.trace("merge", tensor=info.name):
-                merged = stages.device.merge(values, clusters, stages.dtype(info.name), check, consumer=consumer)
+                merged = stages.device.merge(values, clusters, stages.dtype(info.name), check, consumer=consumer, scale=scale)
             stages.device.give_back(values)
             del values
             assert read.rows is not None
@@ -332,7 +356,8 @@ class _Fold:
 
 @dataclass(frozen=True)
 class _FunctionFold:
-    """Read a group, see what its units do on tokens that have come through all layers before, fold them by that."""
+    """Read a group, see what its units do on tokens that have come through all layers before, or on noise, fold them by
+    that."""
 
     job: Job
     group: FoldGroup
@@ -361,7 +386,7 @@ class _FunctionFold:
                     self.job.n_clusters,
                     ridge=ridge,
                     backend=stages.backend,
-                    information=information[group.layer],
+                    information=None if information is None else information[group.layer],
                 )
             except ValueError as error:
                 raise PyfoldError(f"{self.job.tensors[0].path}: {group.name} cannot be folded: {error}") from None

@@ -27,6 +27,7 @@ from pyfold.deliver import huggingface
 from pyfold.errors import PyfoldError
 from pyfold.families import Family, family_of
 from pyfold.families.activations import Activations, decoder
+from pyfold.families.noise import Noise
 from pyfold.io.checkpoint import INDEX, Checkpoint, open_checkpoint
 from pyfold.io.destination import Destination
 from pyfold.io.output import Output
@@ -37,9 +38,10 @@ from pyfold.progress import Progress
 from pyfold.report import FoldReport, GpuReport, GroupReport, peak_rss_bytes, rss_bytes
 from pyfold.streams import Gpu, open_device
 from pyfold.trace import Trace
+from pyfold.variance import variance_bytes
 
 METRICS = ("weight", "function")
-REPAIRS = ("none", "ridge")
+REPAIRS = {"weight": ("none", "variance"), "function": ("ridge", "none")}  # of each metric, its default first
 ALLOCATIONS = ("uniform", "auto")
 PROFILES = ("per-layer", "stock")
 
@@ -65,7 +67,7 @@ def fold_checkpoint(
     backend: str = "auto",
     metric: str = "weight",
     calibration: str | Path = "self",
-    repair: str = "ridge",
+    repair: str | None = None,
     seed: int = 0,
     trace: str | Path | None = None,
     ray: Literal[True] | str | None = None,
@@ -114,12 +116,14 @@ def fold_checkpoint(
         ``weight``: units are alike if their weights are, and merge to their mean. ``function``: if what they say on some tokens
         is, and the strongest stands for the others, whose consumers make up for the rest; layer by layer, on the CPU.
     calibration : str or Path
-        The tokens of the function metric: ``self``, text that the model writes itself (and that is kept in
-        ``DST.pyfold-calibration.json``), or a file of text.
-    repair : str
-        Of the function metric: ``ridge``, consumers are regressed on the units that stay, or ``none``.
+        What units of the function metric are seen on: ``self``, text that the model writes itself (and that is kept in
+        ``DST.pyfold-calibration.json``), a file of text, or ``none``: Gaussian noise through the norm before them.
+    repair : str, optional
+        Of the function metric: ``ridge``, consumers are regressed on the units that stay, by default, or ``none``. Of the
+        weight metric: ``none``, by default, or ``variance``, consumers are scaled so that their output keeps the variance that
+        it has on noise through the norm before the units.
     seed : int
-        Of the text that the model writes itself.
+        Of the text that the model writes itself, or of the noise.
     trace : str or Path, optional
         File to write a timeline of reading, computing and writing to, which Perfetto opens (Chrome's trace event format).
     ray : True or str, optional
@@ -191,7 +195,7 @@ def fold_checkpoint(
     n_bytes = prepared.plan.nbytes + prepared.budget.spilled
     with Trace(trace) as timeline, Destination(Path(dst), sources, overwrite=overwrite, n_bytes=n_bytes) as stage:
         seen = None
-        if metric == "function":
+        if metric == "function" and str(calibration) != "none":
             seen, prepared = _see(prepared, str(calibration), Path(dst).absolute(), stamps, seed, progress)
         plan, options = prepared.plan, prepared.options
         backend, gpu, budget = prepared.computed_by, prepared.gpu, prepared.budget
@@ -279,7 +283,7 @@ def prepare(
     backend: str,
     metric: str = "weight",
     calibration: str | Path = "self",
-    repair: str = "ridge",
+    repair: str | None = None,
     seed: int = 0,
     beside: int = 0,
 ) -> Prepared:
@@ -289,12 +293,14 @@ def prepare(
     """
     for what, given, known in (
         ("metric", metric, METRICS),
-        ("repair", repair, REPAIRS),
         ("allocate", allocate, ALLOCATIONS),
         ("profile", profile, PROFILES),
     ):
         if given not in known:
             raise PyfoldError(f"{what}: expected {' or '.join(known)}, got '{given}'")
+    repair = REPAIRS[metric][0] if repair is None else repair
+    if repair not in REPAIRS[metric]:
+        raise PyfoldError(f"repair: expected {' or '.join(REPAIRS[metric])} of metric {metric}, got '{repair}'")
     if allocate == "auto" and metric != "function":
         raise PyfoldError("allocate: auto measures on text what each group is worth; it needs metric function")
     if allocate == "auto" and width is not None:
@@ -304,8 +310,9 @@ def prepare(
     targets = {"target_params": target_params, "target_bytes": target_bytes}
     if metric == "weight" and str(calibration) not in ("self", "none"):
         raise PyfoldError(f"calibration: {calibration} is for metric function; the weight metric sees no text")
-    if metric == "function" and str(calibration) == "none":
-        raise PyfoldError("calibration: the function metric needs text: self, or a file; metric weight needs none")
+    noise = metric == "function" and str(calibration) == "none"
+    if noise and allocate == "auto":
+        raise PyfoldError("allocate: auto measures on text what each group is worth; it needs calibration self, or a file")
     if metric == "function" and device != "cpu":
         raise PyfoldError(f"metric: function is computed on the CPU, got device {device}")
     if device == "cpu" and gpu_memory is not None:
@@ -352,19 +359,25 @@ def prepare(
     held = rss_bytes() + beside
     limit = held + bytes_free(torch.device("cpu")) if host_memory is None else parse_size(host_memory, "host_memory")
     in_layers = None
+    if repair == "variance":
+        options |= {"repair": repair}
+        in_layers = {group.name: variance_bytes(checkpoint, group) for group, _ in plan.groups}
     if metric == "function":
         options |= {"metric": metric, "repair": repair}
-        if str(calibration) == "self":
+        if noise:
+            options |= {"calibration": "none"}
+        if str(calibration) in ("self", "none"):
             options |= {"seed": seed}
         if allocate == "auto":
             options |= {"allocate": allocate}
         products = ops.product_dtype(backend)
         widths = {group.name: group.width if allocate == "auto" else k for group, k in plan.groups}  # auto: up to all units
-        in_layers = {
-            group.name: function_budget.folding(checkpoint, group, widths[group.name], products) for group, _ in plan.groups
-        }
+        needs = function_budget.on_noise if noise else function_budget.folding
+        in_layers = {group.name: needs(checkpoint, group, widths[group.name], products) for group, _ in plan.groups}
     spills, gpu_room = backend.startswith("cpu"), room if gpu else None
-    budgeted = partial(make_budget, checkpoint, spills=spills, gpu_memory=gpu_room, beside=in_layers)
+    budgeted = partial(
+        make_budget, checkpoint, spills=spills, gpu_memory=gpu_room, beside=in_layers, by_function=metric == "function"
+    )
     budget = budgeted(plan, limit, held)
 
     def replan(widths: Mapping[int, int]) -> tuple[Plan, Budget]:
@@ -441,11 +454,11 @@ def _write_weights(
         if progress:
             progress(done, checkpoint.nbytes, what)
 
-    jobs = make_jobs(checkpoint, plan, source)
+    jobs = make_jobs(checkpoint, plan, source, keeps_variance=prepared.options.get("repair") == "variance")
     finished = frozenset(source)
     limited = prepared.gpu.limited(prepared.gpu_memory) if prepared.gpu else nullcontext()
     with limited, Output(stage.folder, plan.tensors, plan.shards, finished) as output:
-        function = _by_function(prepared, output, seen, finished) if seen else None
+        function = _by_function(prepared, output, seen, finished) if "metric" in prepared.options else None
         if ray:
             run = partial(distributed.run_jobs, ray if isinstance(ray, str) else None)
         else:
@@ -457,15 +470,17 @@ def _write_weights(
     return [reports[group.name] for group, _ in plan.groups], source, result
 
 
-def _by_function(prepared: Prepared, output: Output, seen: function_plan.Seen, finished: frozenset[str]) -> ByFunction:
-    """Tensors ``finished`` by a run that was stopped are seen as they were folded."""
+def _by_function(prepared: Prepared, output: Output, seen: function_plan.Seen | None, finished: frozenset[str]) -> ByFunction:
+    """Without what was seen of text, on noise. Tensors ``finished`` by a run that was stopped are seen as they were folded."""
 
     def place(name: str) -> TensorInfo:
         return output.place(name) if name in finished else prepared.checkpoint.tensors[name]
 
-    dtype = ops.product_dtype(prepared.backend)
-    activations = Activations(prepared.checkpoint, seen.text.tokens, place, dtype)
-    return ByFunction(activations, seen.information, prepared.options["repair"] == "ridge")
+    dtype, options = ops.product_dtype(prepared.backend), prepared.options
+    ridge = options["repair"] == "ridge"
+    if seen is None:
+        return ByFunction(Noise(prepared.checkpoint, options["seed"], dtype), None, ridge)
+    return ByFunction(Activations(prepared.checkpoint, seen.text.tokens, place, dtype), seen.information, ridge)
 
 
 def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:

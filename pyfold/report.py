@@ -41,6 +41,8 @@ class GroupReport:
         Of the function metric: the share of the output's energy that is lost, on tokens held out.
     ridge : float or None
         Of ridge regression: its λ.
+    output_variance : float or None
+        Of the weight metric's repair: what folding left of the output's variance on noise, before the consumer was scaled.
     """
 
     name: str
@@ -54,6 +56,7 @@ class GroupReport:
     n_singletons: int
     output_error: float | None = None
     ridge: float | None = None
+    output_variance: float | None = None
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,7 @@ def write_synthetic(folder: Path, n_layers: int, width: int, hidden: int, dtype:
             f"{mlp}gate_proj.weight": (dtype, (width, hidden)),
             f"{mlp}up_proj.weight": (dtype, (width, hidden)),
             f"{mlp}down_proj.weight": (dtype, (hidden, width)),
+            f"model.layers.{layer}.post_attention_layernorm.weight": (dtype, (hidden,)),
         }
         name = f"model-{layer + 1:05d}-of-{n_layers:05d}.safetensors"
         shard = Shard(folder / name, layout)

@@ -96,9 +96,11 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_synthetic(tmp_path_factory.mktemp("large") / "src", 2, 3000, 2500)
 
 
-def test_a_run_keeps_to_its_budget(large: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("repair", ["none", "variance"])
+def test_a_run_keeps_to_its_budget(large: Path, tmp_path: Path, repair: str) -> None:
     """VmHWM of the process, interpreter and imports included; and the kernel gives it no more data than that."""
-    refused = run_cli("fold", large, tmp_path / "dst", "--ratio", "0.2", "--host-memory", "10MiB")
+    how = ["--ratio", "0.2", "--repair", repair]
+    refused = run_cli("fold", large, tmp_path / "dst", *how, "--host-memory", "10MiB")
     check_refused(refused.returncode, refused.stderr, ["host_memory", "layers.0.mlp needs at least"])
     limit = least(refused.stderr) + 4 * MIB
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}  # the stacks of a hundred threads are data too
@@ -108,9 +110,7 @@ def test_a_run_keeps_to_its_budget(large: Path, tmp_path: Path) -> None:
         def limited(limit: int = limit if options else resource.RLIM_INFINITY) -> None:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
-        done = run_cli(
-            "fold", large, tmp_path / name, "--ratio", "0.2", "--json", *options, env=environment, preexec_fn=limited
-        )
+        done = run_cli("fold", large, tmp_path / name, *how, "--json", *options, env=environment, preexec_fn=limited)
         assert done.returncode == 0, done.stderr
         peaks[name] = json.loads(done.stdout)["peak_rss_bytes"]
     print(f"VmHWM: {peaks['whole'] / MIB:.0f} MiB without a budget, {peaks['least'] / MIB:.0f} of {limit / MIB:.0f} with one")

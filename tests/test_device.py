@@ -307,7 +307,7 @@ def test_seconds_where_the_host_only_reads_and_writes(tmp_path: Path, monkeypatc
     for rates, seconds, limited_by in (
         (even, 2 * plan.checkpoint.nbytes / 1e3, "reading and hashing"),
         (replace(even, read=fast, write=1e3), 2 * plan.plan.nbytes / 1e3, "hashing and writing"),
-        (replace(even, read=fast, up=1e2), 2 * plan.checkpoint.nbytes / 1e2, "copying to and from the GPU"),
+        (replace(even, read=fast, up=1e2), 2 * 4 * 3 * 300 * 200 / 1e2, "copying to and from the GPU"),
         (replace(even, gram={"F32": 1e3}), 300 * 300 * 200 * 3 / 1e3, "computing"),
     ):
         monkeypatch.setattr("pyfold.forecast.probe", lambda *args, rates=rates: rates)
@@ -342,7 +342,7 @@ def llama(width: int, hidden: int, dtype: str = "F16") -> Checkpoint:
 
 def budget_of(checkpoint: Checkpoint, gpu_memory: int, host_memory: int = 8 << 30, dtype: str = "keep") -> Budget:
     width = checkpoint.tensors["gate"].shape[0]
-    group = FoldGroup("mlp", 0, width, "intermediate_size", ("gate", "up"), ("down",), ())
+    group = FoldGroup("mlp", 0, width, "intermediate_size", ("gate", "up"), ("down",), (), "gain", "silu")
     options = {"width": None, "layers": None, "multiple_of": None, "max_shard_size": "5GB"}
     plan = make_plan(checkpoint, [group], ratio=0.2, dtype=dtype, **options)
     return make_budget(checkpoint, plan, host_memory, 700 << 20, gpu_memory=gpu_memory)

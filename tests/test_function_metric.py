@@ -365,10 +365,10 @@ def test_what_cannot_be_done_is_said(source: Path, text: Path, tmp_path: Path, c
     dst = tmp_path / "dst"
     for of, options, words in (
         (source, ["--metric", "functions"], "metric: expected weight or function, got 'functions'"),
-        (source, ["--metric", "function", "--repair", "all"], "repair: expected none or ridge, got 'all'"),
+        (source, ["--metric", "function", "--repair", "all"], "repair: expected ridge or none of metric function, got 'all'"),
         (source, ["--metric", "function", "--calibration", str(short)], "at least 4080 tokens of text, got 3"),
         (source, ["--metric", "function", "--calibration", str(tmp_path / "no")], "cannot read the calibration text"),
-        (source, ["--metric", "function", "--calibration", "none"], "the function metric needs text"),
+        (source, ["--metric", "function", "--calibration", "none", "--allocate", "auto"], "auto measures on text"),
         (source, ["--calibration", str(text)], "the weight metric sees no text"),
         (source, ["--metric", "function", "--device", "cuda"], "function is computed on the CPU"),
         (source, ["--metric", "function", "--host-memory", "350MiB"], "host_memory"),

@@ -11,7 +11,7 @@ from pyfold.plan import parse_layers, parse_size, round_to_multiple, split_shard
 
 
 def group(width: int) -> FoldGroup:
-    return FoldGroup("layers.0.mlp", 0, width, "intermediate_size", (), (), ())
+    return FoldGroup("layers.0.mlp", 0, width, "intermediate_size", (), (), (), "gain", "silu")
 
 
 @pytest.mark.parametrize(

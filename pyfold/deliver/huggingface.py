@@ -64,7 +64,8 @@ def _merge(options: dict[str, Any]) -> tuple[str, str]:
     """The merge rule that options ask for."""
     if options.get("metric") != "function":
         return _MERGES["weight"]
-    return _MERGES["ridge" if options["repair"] == "ridge" else "function"]
+    rule, text = _MERGES["ridge" if options["repair"] == "ridge" else "function"]
+    return rule, text.replace("the calibration tokens", "Gaussian noise") if options["calibration"] == "none" else text
 
 
 def modeling_file(family: Family) -> str:
@@ -177,7 +178,7 @@ def model_card(
     # JSON values are YAML values, so no YAML writer is needed.
     lines = ["---", *(f"{key}: {json.dumps(value, default=str)}" for key, value in front.items()), "---", ""]
     removed = 1 - plan.n_parameters / checkpoint.n_parameters
-    data = "No data, no" if options.get("calibration", "self") == "self" else "No"
+    data = "No data, no" if options.get("calibration", "self") in ("self", "none") else "No"
     lines += [
         f"# Folded {checkpoint.hub_id or family.class_prefix + ' model'}",
         "",

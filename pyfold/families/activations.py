@@ -27,6 +27,7 @@ _LOGITS = 1 << 8  # tokens whose logits are in memory together
 _KEPT = 1 << 28  # bytes of hidden states that are kept for the way back, or those of one sequence
 HEAD, EMBEDDING, NORM = "lm_head.weight", "embed_tokens.weight", "norm.weight"
 _ATTENTION = "self_attn."
+BEFORE = "post_attention_layernorm."  # the feed-forward network, as it is named
 _FED = ("gate_proj.weight", "up_proj.weight", "down_proj.weight", "gate_proj.bias", "up_proj.bias", "down_proj.bias")
 _OWN = ("auto_map", "architectures", "per_layer_config", "torch_dtype", "dtype")  # of config.json, not of the decoder itself
 
@@ -117,10 +118,10 @@ class Layers:
         rows = [self._reader.block(embedding, range(row, row + 1), range(width), width) for row in distinct.tolist()]
         return torch.cat(rows).float()[inverse]
 
-    def load(self, i: int) -> None:
-        """Have the attention and the norms of a layer in memory."""
+    def load(self, i: int, part: str = "") -> None:
+        """Have the attention and the norms of a layer in memory, or those whose names begin with ``part``."""
         layer = self._model.layers[i]
-        names = [name for name, _ in layer.named_parameters() if not name.startswith("mlp.")]
+        names = [name for name, _ in layer.named_parameters() if not name.startswith("mlp.") and name.startswith(part)]
         for name, values in self._read(i, "", names):
             part = name.removeprefix(f"{self._prefix}layers.{i}.")
             put(layer, part, values.to(self._dtype) if part.startswith(_ATTENTION) else values.float())
@@ -295,7 +296,7 @@ def _information(layers: Layers, tokens: Tensor, at_once: int, progress: Progres
 def information_bytes(checkpoint: Checkpoint, length: int, dtype: torch.dtype) -> int:
     """Memory that :func:`information` takes at most: the head, and with it logits, or a layer; and the tokens."""
     config, item = checkpoint.config, dtype.itemsize
-    hidden, layers, n = config["hidden_size"], config["num_hidden_layers"], _widest(checkpoint)
+    hidden, layers, n = config["hidden_size"], config["num_hidden_layers"], widest(checkpoint)
     at_once = kept_at_once(checkpoint, length) * length
     head = item * hidden * config["vocab_size"]
     of_tokens = at_once * (4 * hidden * (layers + 12) + 8 * item * n + 4 * n)
@@ -344,7 +345,8 @@ def kept_at_once(checkpoint: Checkpoint, length: int) -> int:
     return max(1, min(BATCH // length, _KEPT // a_sequence))
 
 
-def _widest(checkpoint: Checkpoint) -> int:
+def widest(checkpoint: Checkpoint) -> int:
+    """Units of the widest feed-forward network."""
     return max(info.shape[0] for name, info in checkpoint.tensors.items() if name.endswith(f"mlp.{_FED[0]}"))
 
 

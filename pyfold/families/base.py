@@ -27,6 +27,10 @@ class FoldGroup:
         Tensors (H, N) whose columns read the units.
     riders : tuple of str
         Vectors (N,) with one value per unit: biases.
+    gain : str
+        The vector (D,) of the norm before the producers, which multiplies all that they read.
+    act : str
+        What gates: unit i says ``act(gate_i x) * (up_i x)``, of the producers' rows.
     """
 
     name: str
@@ -36,6 +40,8 @@ class FoldGroup:
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
     riders: tuple[str, ...]
+    gain: str
+    act: str
 
     @property
     def tensors(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Decoder-only language models with a gated feed-forward network: LLaMA and those that share its tensor names.
 
 ``down_proj(act(gate_proj(x)) * up_proj(x))``: the rows of gate_proj and up_proj produce the intermediate units (their biases
-ride along), the columns of down_proj consume them.
+ride along), the columns of down_proj consume them. x comes from an RMSNorm.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ class DecoderFamily:
             ):
                 raise PyfoldError(f"{config_path}: per_layer_config may say {_WIDTH} of a layer, got {layer!r}: {values!r:.60}")
             overrides[int(layer)] = values
-        prefix = prefix_of(checkpoint)
+        prefix, act = prefix_of(checkpoint), str(checkpoint.config.get("hidden_act", "silu"))
         groups = []
         for layer in range(n_layers):
             width = _positive({**checkpoint.config, **overrides.get(layer, {})}, _WIDTH, config_path)
-            mlp = f"{prefix}layers.{layer}.mlp."
+            at = f"{prefix}layers.{layer}."
+            mlp, gain = f"{at}mlp.", f"{at}post_attention_layernorm.weight"
             producers = (f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight")
             consumers = (f"{mlp}down_proj.weight",)
             riders = tuple(name for name in (f"{mlp}gate_proj.bias", f"{mlp}up_proj.bias") if name in checkpoint.tensors)
@@ -50,10 +51,11 @@ class DecoderFamily:
                 **dict.fromkeys(producers, (width, hidden)),
                 **dict.fromkeys(consumers, (hidden, width)),
                 **dict.fromkeys(riders, (width,)),
+                gain: (hidden,),
             }
             for name, shape in expected.items():
                 _check_tensor(checkpoint, name, shape)
-            groups.append(FoldGroup(f"layers.{layer}.mlp", layer, width, _WIDTH, producers, consumers, riders))
+            groups.append(FoldGroup(f"layers.{layer}.mlp", layer, width, _WIDTH, producers, consumers, riders, gain, act))
         return groups
 
 
