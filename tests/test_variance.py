@@ -12,7 +12,7 @@ from conftest import FAMILIES, check_refused, load, patch_json, run_cli, tensors
 from emulated_gpu import EmulatedGpu
 from test_budget import OPTIONS, least
 
-from pyfold import fold_checkpoint
+from pyfold import fold_checkpoint, jobs
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
 from pyfold.pipeline import prepare
@@ -134,3 +134,36 @@ def test_bad_input(tmp_path: Path) -> None:
             patch_json(source / "config.json", hidden_act="relu6")
         done = run_cli("fold", source, tmp_path / "dst", "--ratio", "0.25", "--repair", "variance", *options)
         check_refused(done.returncode, done.stderr, [words])
+
+
+@pytest.mark.parametrize(
+    ("fold", "options"),
+    [
+        (jobs._Fold, {"repair": "variance"}),
+        (jobs._FunctionFold, {"metric": "function", "calibration": "none"}),
+    ],
+    ids=["variance", "noise"],
+)
+def test_it_goes_on_where_it_was_stopped(
+    fold: Any, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_checkpoint(tmp_path / "src")
+    fold_checkpoint(source, tmp_path / "expected", ratio=0.25, **options)
+    whole, done = fold.run, []
+
+    def stopped(one: Any) -> Any:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(one.group.name)
+        report = whole(one)
+        one.stages.behind.wait(0)
+        return report
+
+    monkeypatch.setattr(fold, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fold_checkpoint(source, tmp_path / "dst", ratio=0.25, **options)
+    again: list[str] = []
+    monkeypatch.setattr(fold, "run", lambda one: (again.append(one.group.name), whole(one))[1])
+    fold_checkpoint(source, tmp_path / "dst", ratio=0.25, **options)
+    assert tree(tmp_path / "dst") == tree(tmp_path / "expected")
+    assert 0 < len(again) < 3
