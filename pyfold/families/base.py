@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from pyfold.families.attention import Attention
 from pyfold.io.checkpoint import Checkpoint
 
 
@@ -59,6 +60,9 @@ class Family(Protocol):
 
     def fold_groups(self, checkpoint: Checkpoint) -> list[FoldGroup]:
         """Every fold group of a checkpoint, in layer order; shapes checked against config.json."""
+
+    def attention(self, checkpoint: Checkpoint) -> list[Attention]:
+        """The heads of every layer; shapes checked against config.json."""
 
 
 def prefix_of(checkpoint: Checkpoint) -> str:

@@ -1,7 +1,7 @@
 """Decoder-only language models with a gated feed-forward network: LLaMA and those that share its tensor names.
 
 ``down_proj(act(gate_proj(x)) * up_proj(x))``: the rows of gate_proj and up_proj produce the intermediate units (their biases
-ride along), the columns of down_proj consume them.
+ride along), the columns of down_proj consume them. Of attention: the layout of its heads.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyfold.errors import PyfoldError
+from pyfold.families.attention import Attention
 from pyfold.families.base import FoldGroup, prefix_of
 from pyfold.io.checkpoint import Checkpoint
 
-_WIDTH = "intermediate_size"
+_WIDTH, _QUERIES, _KEYS = "intermediate_size", "num_attention_heads", "num_key_value_heads"
 
 
 @dataclass(frozen=True)
@@ -27,21 +28,10 @@ class DecoderFamily:
     def fold_groups(self, checkpoint: Checkpoint) -> list[FoldGroup]:
         config_path = checkpoint.path / "config.json"
         hidden = _positive(checkpoint.config, "hidden_size", config_path)
-        n_layers = _positive(checkpoint.config, "num_hidden_layers", config_path)
-        overrides = {}
-        for layer, values in checkpoint.config.get("per_layer_config", {}).items():
-            if (
-                not re.fullmatch("0|[1-9][0-9]{0,8}", layer)
-                or int(layer) >= n_layers
-                or not isinstance(values, dict)
-                or not values.keys() <= {_WIDTH}
-            ):
-                raise PyfoldError(f"{config_path}: per_layer_config may say {_WIDTH} of a layer, got {layer!r}: {values!r:.60}")
-            overrides[int(layer)] = values
         prefix = prefix_of(checkpoint)
         groups = []
-        for layer in range(n_layers):
-            width = _positive({**checkpoint.config, **overrides.get(layer, {})}, _WIDTH, config_path)
+        for layer, config in enumerate(_layer_configs(checkpoint)):
+            width = _positive(config, _WIDTH, config_path)
             mlp = f"{prefix}layers.{layer}.mlp."
             producers = (f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight")
             consumers = (f"{mlp}down_proj.weight",)
@@ -55,6 +45,49 @@ class DecoderFamily:
                 _check_tensor(checkpoint, name, shape)
             groups.append(FoldGroup(f"layers.{layer}.mlp", layer, width, _WIDTH, producers, consumers, riders))
         return groups
+
+    def attention(self, checkpoint: Checkpoint) -> list[Attention]:
+        config_path = checkpoint.path / "config.json"
+        hidden = _positive(checkpoint.config, "hidden_size", config_path)
+        prefix = prefix_of(checkpoint)
+        found = []
+        for layer, config in enumerate(_layer_configs(checkpoint)):
+            heads = _positive(config, _QUERIES, config_path)
+            groups = heads if config.get(_KEYS) is None else _positive(config, _KEYS, config_path)
+            d = hidden // heads if config.get("head_dim") is None else _positive(config, "head_dim", config_path)
+            if heads % groups or d % 2:
+                raise PyfoldError(f"{config_path}: {heads} query heads of {d} rows do not share {groups} KV heads evenly")
+            at = f"{prefix}layers.{layer}.self_attn."
+            weights = [f"{at}{part}_proj.weight" for part in "qkvo"]
+            others = (f"{at}{part}" for part in ("q_proj.bias", "k_proj.bias", "v_proj.bias", "q_norm.weight", "k_norm.weight"))
+            given = [name if name in checkpoint.tensors else None for name in others]
+            rows = (heads * d, groups * d, groups * d)
+            shapes = [*((n, hidden) for n in rows), (hidden, heads * d), *((n,) for n in rows), (d,), (d,)]
+            for name, shape in zip((*weights, *given), shapes, strict=True):
+                if name:
+                    _check_tensor(checkpoint, name, shape)
+            query, key, value, output = weights
+            found.append(Attention(layer, groups, heads // groups, d, query, key, value, output, *given))
+        return found
+
+
+def _layer_configs(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """What config.json says of every layer."""
+    path = checkpoint.path / "config.json"
+    n_layers = _positive(checkpoint.config, "num_hidden_layers", path)
+    configs = [checkpoint.config] * n_layers
+    for layer, values in checkpoint.config.get("per_layer_config", {}).items():
+        if (
+            not re.fullmatch("0|[1-9][0-9]{0,8}", layer)
+            or int(layer) >= n_layers
+            or not isinstance(values, dict)
+            or not values.keys() <= {_WIDTH, _QUERIES, _KEYS}
+        ):
+            raise PyfoldError(
+                f"{path}: per_layer_config may say {_WIDTH}, {_QUERIES} and {_KEYS} of a layer, got {layer!r}: {values!r:.60}"
+            )
+        configs[int(layer)] = {**checkpoint.config, **values}
+    return configs
 
 
 def _positive(config: dict[str, Any], key: str, path: object) -> int:
