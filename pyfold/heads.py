@@ -27,9 +27,9 @@ def balanced(group: KVGroup, freedom: Freedom) -> Symmetry:
     said = pairs(group.key).abs().square().sum(-1)
     asked = pairs(group.query).abs().square().sum((0, -1))
     turn = ones * (asked / said).pow(0.25).nan_to_num(1, 1, 1) if freedom.scales else ones
-    root, inverse = _roots(group.value @ group.value.T)
+    root, inverse = roots(group.value @ group.value.T)
     heard = torch.einsum("jdh,jeh->de", group.output, group.output)
-    mix = _roots(inverse @ _roots(root @ heard.double() @ root)[0] @ inverse)[0]
+    mix = roots(inverse @ roots(root @ heard.double() @ root)[0] @ inverse)[0]
     return Symmetry(torch.arange(len(group.query)), turn, mix.float())
 
 
@@ -56,6 +56,13 @@ def alignment(to: KVGroup, group: KVGroup, freedom: Freedom) -> Symmetry:
         order = best
         turn = _nearest_turn(keys + queries[each, order].sum(0), freedom)
         mix = _nearest_orthogonal(values + outputs[each, order].sum(0))
+
+
+def distance(a: KVGroup, b: KVGroup, freedom: Freedom) -> float:
+    """Between the queries and keys of two balanced groups, once aligned: 0 where they attend alike, 1 where nothing is alike."""
+    there = alignment(a, b, freedom).applied(b)
+    energy = _energy(a.query) + _energy(a.key) + _energy(b.query) + _energy(b.key)
+    return float((_energy(a.query - there.query) + _energy(a.key - there.key)) / energy)
 
 
 def assignment(gains: Tensor) -> Tensor:
@@ -103,7 +110,7 @@ def _energy(rows: Tensor) -> Tensor:
     return rows.square().sum()
 
 
-def _roots(square: Tensor) -> tuple[Tensor, Tensor]:
+def roots(square: Tensor) -> tuple[Tensor, Tensor]:
     """Of a positive semidefinite matrix its square root and the inverse of that, fp64."""
     values, vectors = torch.linalg.eigh(square.double())
     values = values.clamp(min=max(_FLOOR * float(values[-1]), torch.finfo(torch.float32).tiny)).sqrt()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, logits, prompt, tiny_model
+from conftest import FAMILIES, load, logits, prompt, tensors_of, tiny_model
 
 from pyfold.families import FAMILIES as KNOWN
+from pyfold.families.activations import Activations, put
 from pyfold.families.attention import Attention, Freedom, KVGroup, Symmetry, pairs
+from pyfold.head_folding import FoldedHeads, fold_heads
 from pyfold.heads import alignment, assignment, balanced
 from pyfold.io.checkpoint import open_checkpoint
 
@@ -30,7 +34,9 @@ def random_symmetry(freedom: Freedom, m: int = 2, d: int = 8, seed: int = 0) -> 
     return Symmetry(torch.randperm(m, generator=generator), turn, mix)
 
 
-def with_symmetries(folder: Path, family: str, seed: int = 0, **options: Any) -> tuple[Any, dict[str, torch.Tensor], list[Attention]]:
+def with_symmetries(
+    folder: Path, family: str, seed: int = 0, **options: Any
+) -> tuple[Any, dict[str, torch.Tensor], list[Attention]]:
     """A random model, its tensors, and its layers' attention; where there are norms of queries and keys, two of their pairs
     have equal gains."""
     model = tiny_model(family, **options)
@@ -54,7 +60,9 @@ def test_symmetries_leave_the_logits(family: str, options: dict[str, Any], tmp_p
         freedom = attention.freedom(tensors)
         groups = attention.groups(tensors)
         seeds = [10 * attention.layer + i for i in range(len(groups))]
-        said = [random_symmetry(freedom, attention.n_queries, seed=seed).applied(g) for g, seed in zip(groups, seeds, strict=True)]
+        said = [
+            random_symmetry(freedom, attention.n_queries, seed=seed).applied(g) for g, seed in zip(groups, seeds, strict=True)
+        ]
         changed |= attention.tensors(said[::-1])
     moved = [name for name in tensors if not torch.allclose(tensors[name], changed[name])]
     assert len(moved) >= 4 * len(layers)
@@ -121,3 +129,63 @@ def test_assignment_is_the_best_of_all(m: int) -> None:
     gains = torch.randn(m, m, generator=torch.Generator().manual_seed(m))
     best = max(itertools.permutations(range(m)), key=lambda order: float(gains[range(m), list(order)].sum()))
     assert assignment(gains).tolist() == list(best)
+
+
+def with_duplicates(folder: Path, family: str, **options: Any) -> tuple[Path, torch.Tensor]:
+    """A checkpoint whose KV group 2 of 3 says in every layer what group 0 says, in other words, and its logits."""
+    model, tensors, layers = with_symmetries(folder, family, **GROUPS, **options)
+    for attention in layers:
+        groups = attention.groups(tensors)
+        freedom = attention.freedom(tensors)
+        said = random_symmetry(freedom, attention.n_queries, seed=attention.layer).applied(groups[0])
+        groups[2] = said._replace(output=0.7 * said.output)
+        model.load_state_dict(tensors | attention.tensors(groups))
+        tensors = model.state_dict()
+    model.save_pretrained(folder)
+    return folder, logits(model, prompt())
+
+
+GROUPS = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48}
+
+
+def fold_layer(folder: Path, layer: int, n_groups: int, tokens: torch.Tensor) -> tuple[FoldedHeads, dict[str, torch.Tensor]]:
+    checkpoint = open_checkpoint(folder)
+    attention = KNOWN[checkpoint.config["model_type"]].attention(checkpoint)[layer]
+    tensors = tensors_of(folder)
+    with closing(Activations(checkpoint, tokens, checkpoint.tensors.__getitem__)) as activations:
+        read, say = partial(activations.before_attention, layer), partial(activations.said, layer)
+        return fold_heads(attention, tensors, read, say, n_groups, backend="auto"), tensors
+
+
+TOKENS = torch.randint(0, 64, (24, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_heads_say_is_what_the_model_has(family: str, tmp_path: Path) -> None:
+    """Of a layer's own tensors, and of others, in another number."""
+    model, tensors, layers = with_symmetries(tmp_path, family, **GROUPS)
+    checkpoint = open_checkpoint(tmp_path)
+    given: list[torch.Tensor] = []
+    model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda _, said: given.append(said[0]))
+    logits(model, TOKENS)
+    with closing(Activations(checkpoint, TOKENS, checkpoint.tensors.__getitem__)) as activations:
+        [x] = activations.before_attention(1)
+        torch.testing.assert_close(activations.said(1, x, tensors), given[0], rtol=1e-4, atol=1e-5)
+        groups = layers[1].groups(tensors)
+        said = activations.said(1, x, layers[1].tensors([groups[2], groups[0]]))
+    units = given[0].unflatten(2, (3, -1))
+    torch.testing.assert_close(said, units[:, :, [2, 0]].flatten(2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_duplicate_folds_without_loss(family: str, tmp_path: Path) -> None:
+    """A group that says the same as another in other words; the model then says what it said."""
+    folder, expected = with_duplicates(tmp_path / "src", family)
+    folded, _ = fold_layer(folder, 1, 2, TOKENS)
+    assert folded.clusters in ([[0, 2], [1]], [[1], [2, 0]])
+    assert folded.error < 1e-6
+    model = load(folder)
+    with torch.no_grad():
+        for name, values in folded.tensors.items():
+            put(model, name, values)
+    torch.testing.assert_close(logits(model, prompt()), expected, rtol=2e-3, atol=2e-3)
