@@ -1,4 +1,4 @@
-"""KV groups of a layer folded by what they do on some tokens: some stand, the others lend them their values, o_proj is regressed.
+"""KV groups folded by what they do on some tokens: some stand, the others lend them their values, o_proj is regressed.
 
 A group's queries and keys stay as they are or go: mixed ones attend to nothing well, however they are aligned. The group goes
 whose output the others make up for best. The one whose queries and keys are most like its own, once aligned, takes its values
@@ -82,8 +82,8 @@ def as_said(groups: list[KVGroup], read: Tensor) -> list[KVGroup]:
 def choose(consumer: Tensor, c: Tensor, compared: list[KVGroup], freedom: Freedom, n_groups: int) -> list[list[int]]:
     """Clusters of groups, the one that stands first. ``c``: Σ h hᵀ (N, N) of what their heads say.
 
-    Of the columns V of a group b, where all are regressed with A = C + λ diag(C), V_b ((A⁻¹)_bb)⁻¹ V_bᵀ is lost with it (Hassibi
-    and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992, for blocks).
+    Where columns V are regressed with A = C + λ diag(C), V_b ((A⁻¹)_bb)⁻¹ V_bᵀ is lost with a group b (Hassibi and Stork, "Second
+    order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992, for blocks).
     """
     size = len(c) // len(compared)
     scale = c.diagonal().clamp(min=torch.finfo(c.dtype).tiny).sqrt()
@@ -110,11 +110,11 @@ def choose(consumer: Tensor, c: Tensor, compared: list[KVGroup], freedom: Freedo
 
 
 class _Fold(NamedTuple):
-    """Groups with their clusters: o_proj regressed on those that stand and on what they say with lent values; these values cut to
-    as many directions as a head has rows; o_proj regressed on that.
+    """Groups with their clusters: o_proj regressed on those that stand and on what they say with lent values; these values cut
+    to as many directions as a head has rows; o_proj regressed on that.
 
-    ``seen``: of the units of all groups, and of those that say what is lent, cluster by cluster. ``orders``: of the queries of a
-    group that goes, to suit those of the one that stands.
+    ``seen``: of the units of all groups, and of those that say what is lent, cluster by cluster. ``orders``: of the queries of
+    a group that goes, to suit those of the one that stands.
     """
 
     attention: Attention
@@ -183,8 +183,8 @@ class _Fold(NamedTuple):
 
 
 def directions(said: Tensor, heard: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """Of values with moments ``said`` (n, n), whose output has the Gram matrix ``heard``, the d directions of which most is heard:
-    what makes them of the values, (d, n), and values of them, (n, d)."""
+    """Of values with moments ``said`` (n, n), whose output has the Gram matrix ``heard``, the d directions of which most is
+    heard: what makes them of the values, (d, n), and values of them, (n, d)."""
     root, inverse = roots(said)
     strongest = torch.linalg.eigh(root @ heard.double() @ root).eigenvectors[:, -d:]
     return (strongest.T @ inverse).float(), (root @ strongest).float()

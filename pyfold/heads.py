@@ -59,7 +59,7 @@ def alignment(to: KVGroup, group: KVGroup, freedom: Freedom) -> Symmetry:
 
 
 def distance(a: KVGroup, b: KVGroup, freedom: Freedom) -> float:
-    """Between the queries and keys of two balanced groups, once aligned: 0 where they attend alike, 1 where nothing is alike."""
+    """Between queries and keys of two balanced groups, once aligned: 0 where they attend alike, 1 where nothing is alike."""
     there = alignment(a, b, freedom).applied(b)
     energy = _energy(a.query) + _energy(a.key) + _energy(b.query) + _energy(b.key)
     return float((_energy(a.query - there.query) + _energy(a.key - there.key)) / energy)

@@ -34,9 +34,7 @@ def random_symmetry(freedom: Freedom, m: int = 2, d: int = 8, seed: int = 0) -> 
     return Symmetry(torch.randperm(m, generator=generator), turn, mix)
 
 
-def with_symmetries(
-    folder: Path, family: str, seed: int = 0, **options: Any
-) -> tuple[Any, dict[str, torch.Tensor], list[Attention]]:
+def with_symmetries(folder: Path, family: str, **options: Any) -> tuple[Any, dict[str, torch.Tensor], list[Attention]]:
     """A random model, its tensors, and its layers' attention; where there are norms of queries and keys, two of their pairs
     have equal gains."""
     model = tiny_model(family, **options)

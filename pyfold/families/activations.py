@@ -129,8 +129,8 @@ class Layers:
         self._model.layers[i].to("meta")
 
     def attended(self, i: int, states: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """What attention adds to hidden states; ``weights``: its tensors by name, of any number of heads; those that are not given
-        are as they are."""
+        """What attention adds to hidden states. ``weights``: its tensors by name, of any number of heads; those that are not
+        given are as they are."""
         return self._attention(i, self.before_attention(i, states), weights or {}).float()
 
     def before_attention(self, i: int, states: Tensor) -> Tensor:
