@@ -51,7 +51,8 @@ SIZES = {
     "full": Sizes(32, 1024, 64, tuple(range(30)), 6),
     "small": Sizes(2, 256, 16, (14, 15), 1),
 }
-Fold = Callable[..., FoldedHeads]
+Folded = FoldedHeads | head_merges.Tried
+Fold = Callable[..., Folded]
 METHODS: dict[str, Fold] = {
     "drop + ridge": partial(head_merges.folded, head_merges.drop),
     "plain mean + ridge": partial(head_merges.folded, head_merges.plain),
@@ -78,7 +79,7 @@ class Bench:
         order = sorted(self.divergences, key=lambda layer: self.divergences[layer])
         self.layers = sorted(order[: self.sizes.folded])
 
-    def folds(self, fold: Fold, layers: Iterable[int], *, alone: bool) -> dict[int, FoldedHeads]:
+    def folds(self, fold: Fold, layers: Iterable[int], *, alone: bool) -> dict[int, Folded]:
         """Layers with one KV group less, each ``alone`` or behind those folded before it."""
         found = {}
         attentions = family_of(self.checkpoint).attention(self.checkpoint)
@@ -94,7 +95,7 @@ class Bench:
                     activations.attend(layer, found[layer].tensors)
         return found
 
-    def perplexity(self, folds: dict[int, FoldedHeads]) -> float:
+    def perplexity(self, folds: dict[int, Folded]) -> float:
         model, tokenizer = load_model(self.source)
         for folded in folds.values():
             _replace(model, folded.tensors)

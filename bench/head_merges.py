@@ -8,14 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import combinations, permutations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyfold.families.attention import Attention, KVGroup
 from pyfold.function_metric import compensate, moments
-from pyfold.head_folding import FoldedHeads, Say, as_said, read_moments
+from pyfold.head_folding import Say, as_said, read_moments
 from pyfold.heads import alignment, balanced
+
+
+class Tried(NamedTuple):
+    """The layer's tensors, and the share of its output's energy that is lost on tokens held out."""
+
+    tensors: dict[str, Tensor]
+    error: float
+
 
 Merged = tuple[list[int], KVGroup]  # the groups that a group is made of; what o_proj shrinks to beside it
 Merge = Callable[[list[KVGroup], list[KVGroup], Attention, Mapping[str, Tensor]], Iterator[Merged]]
@@ -67,7 +76,7 @@ def folded(
     n_groups: int,
     *,
     backend: str,
-) -> FoldedHeads:
+) -> Tried:
     """The layer with one group less, by the best of what ``merge`` makes."""
     assert n_groups == attention.n_groups - 1
     groups = attention.groups(tensors)
@@ -75,14 +84,13 @@ def folded(
     consumer = tensors[attention.output].float()
     tried = []
     for pair, merged in merge(groups, compared, attention, tensors):
-        others = [g for g in range(len(groups)) if g not in pair]
-        made = [merged, *(groups[g] for g in others)]
-        changed = attention.tensors(made)
+        others = [group for g, group in enumerate(groups) if g not in pair]
+        changed = attention.tensors([merged, *others])
         seen = moments((torch.cat([say(x, tensors), say(x, changed)], 2) for x in read()), backend)
         n = consumer.shape[1]
         both = torch.nn.functional.pad(consumer, (0, len(seen.fitted) - n))
-        output, ridge, error = compensate(both, seen, torch.arange(n, len(seen.fitted)), changed[attention.output])
-        tried.append(FoldedHeads(changed | {attention.output: output}, [pair, *([g] for g in others)], ridge, error))
+        output, _, error = compensate(both, seen, torch.arange(n, len(seen.fitted)), changed[attention.output])
+        tried.append(Tried(changed | {attention.output: output}, error))
     return min(tried, key=lambda made: made.error)
 
 

@@ -24,11 +24,12 @@ Say = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 
 class FoldedHeads(NamedTuple):
-    """The layer's tensors, fp32; of which groups each is made, the one that stands first; λ; the share of the output's energy
-    that is lost, on tokens held out."""
+    """The layer's tensors, fp32; of which groups each is made, the one that stands first; how far those that go attend from
+    where these do, in sum; λ; the share of the output's energy that is lost, on tokens held out."""
 
     tensors: dict[str, Tensor]
     clusters: list[list[int]]
+    distance: float
     ridge: float
     error: float
 
@@ -58,12 +59,15 @@ def fold_heads(
     compared = [balanced(group, freedom).applied(group) for group in as_said(groups, read_moments(read(), backend))]
     clusters = choose(consumer, said, compared, freedom, n_groups)
     del said
-    orders = {
-        other: alignment(compared[stands], compared[other], freedom).order for stands, *others in clusters for other in others
-    }
-    lent = [groups[stands]._replace(value=groups[other].value) for stands, *others in clusters for other in others]
+    orders, apart, lent = {}, 0.0, []
+    for stands, *others in clusters:
+        for other in others:
+            orders[other] = alignment(compared[stands], compared[other], freedom).order
+            apart += distance(compared[stands], compared[other], freedom)
+            lent.append(groups[stands]._replace(value=groups[other].value))
     seen = moments((say(x, attention.tensors([*groups, *lent])) for x in read()), backend)
-    return _Fold(attention, groups, consumer, seen, clusters, orders).run()
+    made, ridge, error = _Fold(attention, groups, consumer, seen, clusters, orders).run()
+    return FoldedHeads(attention.tensors(made), clusters, apart, ridge, error)
 
 
 def read_moments(read: Iterable[Tensor], backend: str) -> Tensor:
@@ -82,8 +86,8 @@ def as_said(groups: list[KVGroup], read: Tensor) -> list[KVGroup]:
 def choose(consumer: Tensor, c: Tensor, compared: list[KVGroup], freedom: Freedom, n_groups: int) -> list[list[int]]:
     """Clusters of groups, the one that stands first. ``c``: Σ h hᵀ (N, N) of what their heads say.
 
-    Where columns V are regressed with A = C + λ diag(C), V_b ((A⁻¹)_bb)⁻¹ V_bᵀ is lost with a group b (Hassibi and Stork, "Second
-    order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992, for blocks).
+    Where columns V are regressed with A = C + λ diag(C), V_b ((A⁻¹)_bb)⁻¹ V_bᵀ is lost with a group b (Hassibi and Stork,
+    "Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992, for blocks).
     """
     size = len(c) // len(compared)
     scale = c.diagonal().clamp(min=torch.finfo(c.dtype).tiny).sqrt()
@@ -124,7 +128,8 @@ class _Fold(NamedTuple):
     clusters: list[list[int]]
     orders: dict[int, Tensor]
 
-    def run(self) -> FoldedHeads:
+    def run(self) -> tuple[list[KVGroup], float, float]:
+        """The groups made, λ, and the share of the output's energy that is lost."""
         slots, toward = self._lent()
         kept = torch.cat([units for heads in slots for units in heads])
         consumer = _widened(self.consumer, toward.shape[1])
@@ -150,7 +155,7 @@ class _Fold(NamedTuple):
             slots.append([torch.cat(units) for units in heads])
         return slots, toward
 
-    def _cut(self, slots: list[list[Tensor]], regressed: Tensor) -> FoldedHeads:
+    def _cut(self, slots: list[list[Tensor]], regressed: Tensor) -> tuple[list[KVGroup], float, float]:
         m, d, n = self.attention.n_queries, self.attention.head_dim, self.consumer.shape[1]
         c = _sum(self.seen)
         made, toward = [], []
@@ -178,8 +183,7 @@ class _Fold(NamedTuple):
         kept = torch.arange(n, len(seen.fitted))
         output, ridge, error = compensate(_widened(self.consumer, len(seen.fitted)), seen, kept, torch.cat(toward, 1))
         parts = output.T.unflatten(0, (len(made), m, d))
-        groups = [group._replace(output=part) for group, part in zip(made, parts, strict=True)]
-        return FoldedHeads(self.attention.tensors(groups), self.clusters, ridge, error)
+        return [group._replace(output=part) for group, part in zip(made, parts, strict=True)], ridge, error
 
 
 def directions(said: Tensor, heard: Tensor, d: int) -> tuple[Tensor, Tensor]:

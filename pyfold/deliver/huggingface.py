@@ -14,10 +14,10 @@ from pyfold.plan import Plan
 from pyfold.report import GroupReport, how_to_load
 
 MODELING = "modeling_pyfold.py"
-_MODELING_TEMPLATE = '''"""{prefix} with a width per layer: `per_layer_config` in config.json. Written by pyfold."""
+_MODELING_TEMPLATE = '''"""{prefix} with a width, and a number of heads, per layer: `per_layer_config` in config.json. Written by pyfold."""
 
 from transformers import {prefix}ForCausalLM, {prefix}Model
-from transformers.models.{model_type}.modeling_{model_type} import {prefix}MLP
+from transformers.models.{model_type}.modeling_{model_type} import {prefix}Attention, {prefix}MLP
 
 
 class PerLayerWidths:
@@ -26,8 +26,9 @@ class PerLayerWidths:
         config.per_layer_config = None  # the base class reads one width
         super().__init__(config)
         config.per_layer_config = overrides
-        for layer, layer_config in zip(self.base_model.layers, layer_configs):
+        for i, (layer, layer_config) in enumerate(zip(self.base_model.layers, layer_configs)):
             layer.mlp = {prefix}MLP(layer_config)
+            layer.self_attn = {prefix}Attention(layer_config, i)
         self.post_init()
 
 

@@ -143,15 +143,16 @@ class Layers:
         attention = self._model.layers[i].self_attn
         output, attention.o_proj = attention.o_proj, Identity()
         try:
-            return self._attention(i, x, {name: values for name, values in weights.items() if "o_proj" not in name})
+            return self._attention(i, x, weights)
         finally:
             attention.o_proj = output
 
     def _attention(self, i: int, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        at = f"{self._prefix}layers.{i}.{_ATTENTION}"
-        given = {name.removeprefix(at): values.to(self._dtype) for name, values in weights.items()}
+        module, at = self._model.layers[i].self_attn, f"{self._prefix}layers.{i}.{_ATTENTION}"
+        parts = (part for part, _ in module.named_parameters() if at + part in weights)
+        given = {part: weights[at + part].to(self._dtype) for part in parts}
         inputs = {"hidden_states": x.to(self._dtype), "position_embeddings": self._rotation, "attention_mask": None}
-        added: Tensor = functional_call(self._model.layers[i].self_attn, given, kwargs=inputs)[0]
+        added: Tensor = functional_call(module, given, kwargs=inputs)[0]
         return added
 
     def normed(self, i: int, states: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class Symmetry(NamedTuple):
 class Attention:
     """The attention of one layer: G KV heads, m query heads each, of ``head_dim`` rows; its tensors by their full names.
 
-    A bias or norm that there is not is None.
+    A bias or norm that there is not is None. Units: KV groups, and all that belongs to each.
     """
 
     layer: int
@@ -74,6 +74,28 @@ class Attention:
     value_bias: str | None = None
     query_norm: str | None = None
     key_norm: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What people call it: ``layers.5.attn``."""
+        return f"layers.{self.layer}.attn"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All its tensors, norms too."""
+        names = (self.query, self.key, self.value, self.output, self.query_bias, self.key_bias, self.value_bias)
+        return tuple(name for name in (*names, self.query_norm, self.key_norm) if name)
+
+    def shape_at(self, n_groups: int, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of one of its tensors once there are ``n_groups`` KV heads."""
+        if name in (self.query_norm, self.key_norm):
+            return shape
+        axis = 1 if name == self.output else 0
+        return tuple(size // self.n_groups * n_groups if i == axis else size for i, size in enumerate(shape))
+
+    def config(self, n_groups: int) -> dict[str, int]:
+        """What config.json says of ``n_groups`` KV heads."""
+        return {"num_attention_heads": n_groups * self.n_queries, "num_key_value_heads": n_groups}
 
     def groups(self, tensors: Mapping[str, Tensor]) -> list[KVGroup]:
         """The KV groups, fp32."""
