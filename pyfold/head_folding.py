@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyfold.families.activations import BATCH
 from pyfold.families.attention import Attention, Freedom, KVGroup
 from pyfold.function_metric import Moments, compensate, moments
 from pyfold.heads import alignment, balanced, distance, roots
 
-_SHRINK = 0.3  # λ where groups are chosen: about what folding takes
+_SHRINK = 0.03  # λ where groups are chosen: with more of it those of least energy would go
 _JITTER = 1e-6  # of a mean diagonal: more than rounding
 
 Say = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
@@ -68,6 +69,17 @@ def fold_heads(
     seen = moments((say(x, attention.tensors([*groups, *lent])) for x in read()), backend)
     made, ridge, error = _Fold(attention, groups, consumer, seen, clusters, orders).run()
     return FoldedHeads(attention.tensors(made), clusters, apart, ridge, error)
+
+
+def nbytes(attention: Attention, n_groups: int, hidden: int) -> int:
+    """Memory that folding takes at most: the layer's tensors thrice in fp32, what hidden states and heads say of a batch, and
+    moments: of hidden states in fp64, of units with what is lent, and of those cut."""
+    m, d = attention.n_queries, attention.head_dim
+    going = attention.n_groups - n_groups
+    rows = (attention.n_groups + going) * (2 * m + 2) * d
+    lent, cut = (attention.n_groups + going) * m * d, (attention.n_groups + n_groups) * m * d
+    moments = 3 * 4 * (lent * lent + 2 * cut * cut)
+    return 3 * 4 * rows * hidden + 2 * 4 * BATCH * (rows + hidden) + 3 * 8 * (hidden + 1) ** 2 + moments
 
 
 def read_moments(read: Iterable[Tensor], backend: str) -> Tensor:

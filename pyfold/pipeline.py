@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from pyfold import __version__, distributed, function_plan, ops
+from pyfold import __version__, distributed, function_plan, head_folding, ops
 from pyfold.budget import Budget, make_budget
 from pyfold.calibration import CACHE, Cache
 from pyfold.clustering.regime import bytes_free
@@ -52,6 +52,7 @@ def fold_checkpoint(
     width: int | None = None,
     target_params: int | str | None = None,
     target_bytes: int | str | None = None,
+    heads_ratio: float = 0,
     allocate: str = "uniform",
     profile: str = "per-layer",
     layers: str | Iterable[int] | None = None,
@@ -71,7 +72,7 @@ def fold_checkpoint(
     ray: Literal[True] | str | None = None,
     progress: Progress | None = None,
 ) -> FoldReport:
-    """Fold the feed-forward layers of a checkpoint and write a smaller one.
+    """Fold the feed-forward layers of a checkpoint, and heads if asked to, and write a smaller one.
 
     Parameters
     ----------
@@ -85,6 +86,9 @@ def fold_checkpoint(
         Instead of ``ratio``: units to keep in each folded group.
     target_params, target_bytes : int or str, optional
         Instead of ``ratio``: what the whole result may have at most, as in ``"110M"`` or ``"220MB"``.
+    heads_ratio : float
+        Share of the KV heads of each layer to remove with their query heads, in [0, 1): floor((1 - heads_ratio) n) stay (metric
+        function, repair ridge).
     allocate : str
         ``uniform``: the same share of every group. ``auto``: what has to go goes where it does the least harm, as measured by
         the KL divergence of the whole model's output with one group folded (metric function).
@@ -165,6 +169,7 @@ def fold_checkpoint(
         width=width,
         target_params=target_params,
         target_bytes=target_bytes,
+        heads_ratio=heads_ratio,
         allocate=allocate,
         profile=profile,
         layers=layers,
@@ -269,6 +274,7 @@ def prepare(
     width: int | None,
     target_params: int | str | None = None,
     target_bytes: int | str | None = None,
+    heads_ratio: float = 0,
     allocate: str = "uniform",
     profile: str = "per-layer",
     layers: str | Iterable[int] | None,
@@ -304,6 +310,13 @@ def prepare(
     if not 0 <= seed < 1 << 63:
         raise PyfoldError(f"seed: expected 0 to 2^63 - 1, got {seed}")
     targets = {"target_params": target_params, "target_bytes": target_bytes}
+    if heads_ratio and (metric != "function" or repair != "ridge"):
+        raise PyfoldError(
+            "heads_ratio: heads are folded by what they do, and o_proj regressed; it needs metric function and repair ridge, "
+            f"got {metric} and {repair}"
+        )
+    if heads_ratio and any(target is not None for target in targets.values()):
+        raise PyfoldError("heads_ratio: a target is for the feed-forward layers; give ratio or width")
     if metric == "weight" and str(calibration) not in ("self", "none"):
         raise PyfoldError(f"calibration: {calibration} is for metric function; the weight metric sees no text")
     if metric == "function" and str(calibration) == "none":
@@ -318,6 +331,8 @@ def prepare(
         make_plan,
         checkpoint,
         family.fold_groups(checkpoint),
+        family.attention(checkpoint) if heads_ratio else [],
+        heads_ratio=heads_ratio,
         ratio=ratio,
         width=width,
         target_params=target_params,
@@ -360,9 +375,15 @@ def prepare(
             options |= {"seed": seed}
         if allocate == "auto":
             options |= {"allocate": allocate}
+        if plan.heads:
+            options |= {"heads_ratio": float(heads_ratio)}
         forks = len(plan.groups) if allocate == "auto" else 0
         widths = {group.name: group.width if forks else k for group, k in plan.groups}  # auto: up to all units
-        in_layers = {group.name: function_plan.nbytes(checkpoint, group, widths[group.name], forks) for group, _ in plan.groups}
+        heads = max((head_folding.nbytes(one, k, checkpoint.config["hidden_size"]) for one, k in plan.heads), default=0)
+        in_layers = {
+            group.name: max(heads, function_plan.nbytes(checkpoint, group, widths[group.name], forks))
+            for group, _ in plan.groups
+        }
     spills, gpu_room = backend.startswith("cpu"), room if gpu else None
     budgeted = partial(make_budget, checkpoint, spills=spills, gpu_memory=gpu_room, beside=in_layers)
     budget = budgeted(plan, limit, held)
@@ -452,7 +473,7 @@ def _write_weights(
             run(jobs, output, plan, prepared.budget, prepared.backend, record=record, advance=advance, trace=trace)
     assert result.keys() == plan.tensors.keys(), f"not written: {plan.tensors.keys() - result.keys()}"
     advance(0, "done")
-    return [reports[group.name] for group, _ in plan.groups], source, result
+    return [reports[name] for name in plan.folds], source, result
 
 
 def _by_function(prepared: Prepared, output: Output, seen: function_plan.Seen, finished: frozenset[str]) -> ByFunction:

@@ -93,6 +93,28 @@ def tiny_checkpoint(folder: Path, family: str = "llama", dtype: torch.dtype = to
     return folder
 
 
+def with_tokenizer(folder: Path) -> Path:
+    """Words w3 to w63, and a beginning and an end."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 64)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    words = torch.randint(3, 64, (16 * 255 + 7,), generator=torch.Generator().manual_seed(0))
+    file.write_text(" ".join(f"w{word}" for word in words.tolist()))
+    return file
+
+
 def heed_interrupts() -> None:
     """For a process to be: SIGINT stops it, also where a shell in the background has had it ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

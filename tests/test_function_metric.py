@@ -9,11 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, load, logits, run_cli, tiny_checkpoint, tree
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from conftest import FAMILIES, load, logits, run_cli, tiny_checkpoint, tree, with_tokenizer
 
 from pyfold import cli, fold_checkpoint, function_metric, jobs
 from pyfold.calibration import CACHE
@@ -184,26 +180,9 @@ def test_text_does_not_depend_on_how_much_is_written_at_once(source: Path) -> No
     assert torch.equal(torch.cat(parts), whole)
 
 
-def with_tokenizer(folder: Path) -> Path:
-    """Words w3 to w63, and a beginning and an end."""
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 64)}}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "biases"])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_tokenizer(tiny_checkpoint(tmp_path_factory.mktemp("source") / "src", mlp_bias=request.param))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "words.txt"
-    words = torch.randint(3, 64, (16 * 255 + 7,), generator=torch.Generator().manual_seed(0))
-    file.write_text(" ".join(f"w{word}" for word in words.tolist()))
-    return file
 
 
 def run(source: Path, dst: Path, **options: Any) -> dict[str, str]:

@@ -1,8 +1,10 @@
-"""KV groups: exact symmetries in every family, alignment, folding of duplicates."""
+"""KV groups: exact symmetries in every family, alignment, folding of duplicates, whole folds with ``heads_ratio``."""
 
 from __future__ import annotations
 
 import itertools
+import json
+import re
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -10,14 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, load, logits, prompt, tensors_of, tiny_model
+from conftest import FAMILIES, load, logits, prompt, tensors_of, tiny_checkpoint, tiny_model, tree, with_tokenizer
 
+from pyfold import fold_checkpoint, jobs
+from pyfold.errors import PyfoldError
 from pyfold.families import FAMILIES as KNOWN
 from pyfold.families.activations import Activations, put
 from pyfold.families.attention import Attention, Freedom, KVGroup, Symmetry, pairs
 from pyfold.head_folding import FoldedHeads, fold_heads
 from pyfold.heads import alignment, assignment, balanced
 from pyfold.io.checkpoint import open_checkpoint
+from pyfold.report import FoldReport
+from pyfold.verify import verify_checkpoint
 
 FREE = Freedom(True, torch.ones(4, dtype=torch.bool))
 
@@ -187,3 +193,81 @@ def test_a_duplicate_folds_without_loss(family: str, tmp_path: Path) -> None:
         for name, values in folded.tensors.items():
             put(model, name, values)
     torch.testing.assert_close(logits(model, prompt()), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.fixture(params=FAMILIES)
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    options = GROUPS | {"head_dim": None if request.param in ("llama", "mistral") else 8}
+    return with_tokenizer(tiny_checkpoint(tmp_path / "src", request.param, **options))
+
+
+def fold(source: Path, dst: Path, text: Path, **options: Any) -> FoldReport:
+    return fold_checkpoint(source, dst, **{"ratio": 0.25, "metric": "function", "calibration": text, **options})
+
+
+@pytest.mark.parametrize("layers", [None, [1]], ids=["stock", "per-layer"])
+def test_a_result_loads_with_fewer_heads(source: Path, text: Path, tmp_path: Path, layers: list[int] | None) -> None:
+    report = fold(source, tmp_path / "dst", text, heads_ratio=0.33, layers=layers)
+    assert [group.name for group in report.groups[:2]] == [f"layers.{(layers or [0])[0]}.{part}" for part in ("attn", "mlp")]
+    assert report.profile == ("per-layer" if layers else "stock")
+    verify_checkpoint(tmp_path / "dst")
+    model = load(tmp_path / "dst", trust_remote_code=bool(layers))
+    said = logits(model, prompt())
+    assert bool(said.isfinite().all())
+    for i, layer in enumerate(model.model.layers):
+        heads = 2 if layers is None or i in layers else 3
+        assert tuple(layer.self_attn.k_proj.weight.shape) == (heads * 8, 48)
+        assert tuple(layer.self_attn.o_proj.weight.shape) == (48, heads * 16)
+    if layers is None:
+        assert "auto_map" not in json.loads((tmp_path / "dst" / "config.json").read_text())
+    again = fold(tmp_path / "dst", tmp_path / "again", text, heads_ratio=0.33, layers=[1] if layers is None else [2])
+    assert again.parameters_after < report.parameters_after, "a result is a source"
+    verify_checkpoint(tmp_path / "again")
+
+
+def test_no_head_removed_changes_nothing(source: Path, text: Path, tmp_path: Path) -> None:
+    fold(source, tmp_path / "without", text)
+    fold(source, tmp_path / "none", text, heads_ratio=0)
+    assert tree(tmp_path / "none") == tree(tmp_path / "without")
+
+
+def test_a_fold_of_heads_goes_on_where_it_was_stopped(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the heads of layer 1, whose feed-forward network is still to come."""
+    options = {"heads_ratio": 0.33}
+    fold(source, tmp_path / "expected", text, **options)
+    whole, done = jobs._HeadsFold.run, []
+
+    def stopped(fold: Any) -> Any:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(fold.attention.name)
+        report = whole(fold)
+        fold.stages.behind.wait(0)
+        return report
+
+    monkeypatch.setattr(jobs._HeadsFold, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fold(source, tmp_path / "dst", text, **options)
+    again: list[str] = []
+    monkeypatch.setattr(jobs._HeadsFold, "run", lambda fold: (again.append(fold.attention.name), whole(fold))[1])
+    fold(source, tmp_path / "dst", text, **options)
+    assert tree(tmp_path / "dst") == tree(tmp_path / "expected")
+    assert again == ["layers.2.attn"]
+
+
+def test_what_cannot_be_done_with_heads_is_said(text: Path, tmp_path: Path) -> None:
+    source = with_tokenizer(tiny_checkpoint(tmp_path / "src", **GROUPS | {"head_dim": None}))
+    function: dict[str, Any] = {"metric": "function", "calibration": text, "ratio": 0.25}
+    for options, words in (
+        ({"ratio": 0.25}, "needs metric function and repair ridge, got weight and ridge"),
+        (function | {"repair": "none"}, "got function and none"),
+        (function | {"ratio": None, "target_params": "40K"}, "a target is for the feed-forward layers"),
+        (function | {"heads_ratio": 1.0}, "expected a number in"),
+        (function | {"heads_ratio": 0.9}, "leaves none of the 3 KV heads of layers.0.attn; use at most 0.66"),
+        (function | {"host_memory": "1MiB"}, "needs at least"),
+    ):
+        with pytest.raises(PyfoldError, match=re.escape(words)):
+            fold_checkpoint(source, tmp_path / "dst", **{"heads_ratio": 0.33, **options})
+        assert not (tmp_path / "dst").exists()
