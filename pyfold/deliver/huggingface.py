@@ -9,11 +9,13 @@ from typing import Any
 from pyfold import __version__
 from pyfold.errors import PyfoldError
 from pyfold.families import Family
+from pyfold.families.attention import KV_HEADS, QUERY_HEADS
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.plan import Plan
 from pyfold.report import GroupReport, how_to_load
 
 MODELING = "modeling_pyfold.py"
+_READS_GLOBAL = "allow_global_per_layer_attribute_access"
 _MODELING_TEMPLATE = '''"""{prefix} with widths and heads per layer: `per_layer_config` in config.json. Written by pyfold."""
 
 from transformers import {prefix}ForCausalLM, {prefix}Model
@@ -29,6 +31,7 @@ class PerLayerWidths:
         for i, (layer, layer_config) in enumerate(zip(self.base_model.layers, layer_configs)):
             layer.mlp = {prefix}MLP(layer_config)
             layer.self_attn = {prefix}Attention(layer_config, i)
+            layer.self_attn.config = config  # how attention is computed is the model's to say
         self.post_init()
 
 
@@ -105,7 +108,7 @@ def patched_config(checkpoint: Checkpoint, family: Family, plan: Plan, dtype: st
     overrides = {int(layer): dict(values) for layer, values in (config.pop("per_layer_config", None) or {}).items()}
     if plan.heads:
         attention = plan.heads[0][0]
-        config = {**attention.config(attention.n_groups), **config, "head_dim": attention.head_dim}
+        config = config | {KV_HEADS: attention.n_groups, "head_dim": attention.head_dim}
     for key, of_layers in _settings(plan).items():
         if len(set(of_layers.values())) == 1:
             config[key] = of_layers[0]
@@ -115,6 +118,9 @@ def patched_config(checkpoint: Checkpoint, family: Family, plan: Plan, dtype: st
                 del overrides[layer][key]
     overrides = {layer: values for layer, values in sorted(overrides.items()) if values}
     own = f"Folded{family.class_prefix}"
+    config.pop(_READS_GLOBAL, None)
+    if family.checks_heads and any(QUERY_HEADS in values for values in overrides.values()):
+        config[_READS_GLOBAL] = True  # what it checks is the number of no layer in particular
     if overrides:
         named = [name for name in config.get("architectures") or [] if not str(name).endswith("ForCausalLM")]
         if named:

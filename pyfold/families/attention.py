@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+QUERY_HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"  # of config.json
+
 
 class KVGroup(NamedTuple):
     """A KV head with its m query heads, d rows each.
@@ -95,7 +97,7 @@ class Attention:
 
     def config(self, n_groups: int) -> dict[str, int]:
         """What config.json says of ``n_groups`` KV heads."""
-        return {"num_attention_heads": n_groups * self.n_queries, "num_key_value_heads": n_groups}
+        return {QUERY_HEADS: n_groups * self.n_queries, KV_HEADS: n_groups}
 
     def groups(self, tensors: Mapping[str, Tensor]) -> list[KVGroup]:
         """The KV groups, fp32."""

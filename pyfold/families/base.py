@@ -58,6 +58,10 @@ class Family(Protocol):
     def class_prefix(self) -> str:
         """Of its classes in transformers: ``Llama`` for LlamaForCausalLM, LlamaModel, LlamaMLP."""
 
+    @property
+    def checks_heads(self) -> bool:
+        """Whether its config in transformers wants num_attention_heads to divide hidden_size."""
+
     def fold_groups(self, checkpoint: Checkpoint) -> list[FoldGroup]:
         """Every fold group of a checkpoint, in layer order; shapes checked against config.json."""
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyfold.errors import PyfoldError
-from pyfold.families.attention import Attention
+from pyfold.families.attention import KV_HEADS, QUERY_HEADS, Attention
 from pyfold.families.base import FoldGroup, prefix_of
 from pyfold.io.checkpoint import Checkpoint
 
-_WIDTH, _QUERIES, _KEYS = "intermediate_size", "num_attention_heads", "num_key_value_heads"
+_WIDTH = "intermediate_size"
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class DecoderFamily:
 
     model_type: str
     class_prefix: str
+    checks_heads: bool = False
 
     def fold_groups(self, checkpoint: Checkpoint) -> list[FoldGroup]:
         config_path = checkpoint.path / "config.json"
@@ -52,8 +53,8 @@ class DecoderFamily:
         prefix = prefix_of(checkpoint)
         found = []
         for layer, config in enumerate(_layer_configs(checkpoint)):
-            heads = _positive(config, _QUERIES, config_path)
-            groups = heads if config.get(_KEYS) is None else _positive(config, _KEYS, config_path)
+            heads = _positive(config, QUERY_HEADS, config_path)
+            groups = heads if config.get(KV_HEADS) is None else _positive(config, KV_HEADS, config_path)
             d = hidden // heads if config.get("head_dim") is None else _positive(config, "head_dim", config_path)
             if heads % groups or d % 2:
                 raise PyfoldError(f"{config_path}: {heads} query heads of {d} rows do not share {groups} KV heads evenly")
@@ -81,10 +82,11 @@ def _layer_configs(checkpoint: Checkpoint) -> list[dict[str, Any]]:
             not re.fullmatch("0|[1-9][0-9]{0,8}", layer)
             or int(layer) >= n_layers
             or not isinstance(values, dict)
-            or not values.keys() <= {_WIDTH, _QUERIES, _KEYS}
+            or not values.keys() <= {_WIDTH, QUERY_HEADS, KV_HEADS}
         ):
             raise PyfoldError(
-                f"{path}: per_layer_config may say {_WIDTH}, {_QUERIES} and {_KEYS} of a layer, got {layer!r}: {values!r:.60}"
+                f"{path}: per_layer_config may say {_WIDTH}, {QUERY_HEADS} and {KV_HEADS} of a layer, got {layer!r}: "
+                f"{values!r:.60}"
             )
         configs[int(layer)] = {**checkpoint.config, **values}
     return configs
