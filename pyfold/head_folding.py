@@ -19,6 +19,7 @@ from pyfold.function_metric import Moments, compensate, moments
 from pyfold.heads import alignment, balanced, distance, roots
 
 _SHRINK = 0.03  # λ where groups are chosen: with more of it those of least energy would go
+_TINY = torch.finfo(torch.float32).tiny
 _JITTER = 1e-6  # of a mean diagonal: more than rounding
 
 Say = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
@@ -145,15 +146,15 @@ class _Fold(NamedTuple):
         slots, toward = self._lent()
         kept = torch.cat([units for heads in slots for units in heads])
         consumer = _widened(self.consumer, toward.shape[1])
-        fit, _, _ = compensate(consumer, self.seen, kept, toward[:, kept])
+        fit, _, _ = compensate(consumer, self.seen, kept, toward[:, kept], refit=False)  # what is held out is still to judge
         regressed = torch.zeros_like(consumer).index_copy(1, kept, fit)
         return self._cut(slots, regressed)
 
     def _lent(self) -> tuple[list[list[Tensor]], Tensor]:
         """Of each cluster and query head the units that say its values, its own and those lent, d each; and columns that hear
-        what is lent as what it stands for was heard."""
+        what is lent as what it stands for was heard, as far as it tells the same."""
         m, d = self.attention.n_queries, self.attention.head_dim
-        c = _sum(self.seen)
+        c = self.seen.fitted
         toward = _widened(self.consumer, len(c))
         slots, at = [], len(self.groups) * m
         for stands, *others in self.clusters:
@@ -161,7 +162,9 @@ class _Fold(NamedTuple):
             for other in others:
                 for slot, theirs in zip(heads, self.orders[other].tolist(), strict=True):
                     own, lent = _units(other * m + theirs, d), _units(at, d)
-                    toward[:, lent] = toward[:, own] @ _regression(c, own, lent)
+                    heard = toward[:, own] @ _regression(c, own, lent)
+                    told = _energy(heard, c[lent][:, lent]) / max(_energy(toward[:, own], c[own][:, own]), _TINY)
+                    toward[:, lent] = heard * min(1.0, told)  # all of it of the same attention, next to nothing of another
                     slot.append(lent)
                     at += 1
             slots.append([torch.cat(units) for units in heads])
@@ -169,7 +172,7 @@ class _Fold(NamedTuple):
 
     def _cut(self, slots: list[list[Tensor]], regressed: Tensor) -> tuple[list[KVGroup], float, float]:
         m, d, n = self.attention.n_queries, self.attention.head_dim, self.consumer.shape[1]
-        c = _sum(self.seen)
+        c = self.seen.fitted
         made, toward = [], []
         cuts: list[tuple[Tensor, Tensor]] = []
         for members, heads in zip(self.clusters, slots, strict=True):
@@ -177,15 +180,15 @@ class _Fold(NamedTuple):
             into = back = torch.eye(d)
             if len(members) > 1:
                 values = torch.cat([self.groups[g].value for g in members])
-                heard = [regressed[:, units] for units in heads]
-                into, back = directions(sum(c[u][:, u] for u in heads), sum(o.T @ o for o in heard), d)
+                said = torch.stack([c[units][:, units] for units in heads]).sum(0)
+                heard = torch.stack([regressed[:, units].T @ regressed[:, units] for units in heads]).sum(0)
+                into, back = directions(said, heard, d)
                 size = group.value.norm() / (into @ values).norm()
                 into, back = into * size, back / size
                 group = group._replace(value=into @ values)
             made.append(group)
             cuts += [(units, into) for units in heads]
             toward += [regressed[:, units] @ back for units in heads]
-        del c
 
         def through(c: Tensor) -> Tensor:
             rows = torch.cat([c[:n], *(into @ c[units] for units, into in cuts)])
@@ -211,6 +214,11 @@ def _regression(c: Tensor, of: Tensor, on: Tensor) -> Tensor:
     square = c[on][:, on].double()
     square += (_JITTER * float(square.diagonal().mean()) + torch.finfo(c.dtype).tiny) * torch.eye(len(on))
     return torch.linalg.solve(square, c[on][:, of].double()).T.float()
+
+
+def _energy(columns: Tensor, c: Tensor) -> float:
+    """``Σ ‖V h‖²``."""
+    return float(((columns @ c) * columns).sum())
 
 
 def _widened(consumer: Tensor, width: int) -> Tensor:

@@ -59,8 +59,9 @@ class Plan:
     @property
     def folds(self) -> list[str]:
         """Names of all that is folded, in order: of each layer its heads first."""
-        named = [(one.layer, rank, one.name) for rank, some in enumerate((self.heads, self.groups)) for one, _ in some]
-        return [name for _, _, name in sorted(named)]
+        heads = [(attention.layer, 0, attention.name) for attention, _ in self.heads]
+        groups = [(group.layer, 1, group.name) for group, _ in self.groups]
+        return [name for _, _, name in sorted(heads + groups)]
 
     @property
     def n_parameters(self) -> int:
@@ -140,8 +141,8 @@ def make_plan(
         to = DTYPES[dtype] if DTYPES[dtype] and info.dtype in _FLOATS else info.dtype
         shape = info.shape
         if name in targets:
-            group, k = targets[name]
-            shape = group.shape_at(k, name, shape)
+            one, k = targets[name]
+            shape = one.shape_at(k, name, shape)
         tensors[name] = (str(to), shape)
     widths = {group.layer: group.width for group in groups} | {group.layer: k for group, k in folds}
     return Plan(folds, widths, tensors, split_shards(tensors, parse_size(max_shard_size)), notes, room, heads, kv_heads)
