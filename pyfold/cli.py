@@ -82,6 +82,7 @@ def _fold(args: argparse.Namespace) -> None:
             args.source,
             args.destination,
             **_widths(args),
+            heads_ratio=args.heads_ratio,
             allocate=args.allocate,
             profile=args.profile,
             layers=args.layers,
@@ -317,6 +318,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     fold.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the text that the model writes, or of the noise (default 0)"
+    )
+    fold.add_argument(
+        "--heads-ratio",
+        type=float,
+        default=0,
+        metavar="R",
+        help="share of the KV heads of each layer to fold too, with their query heads: floor((1 - R) n) stay (metric function)",
     )
     fold.add_argument(
         "--allocate",

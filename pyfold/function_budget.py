@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from pyfold import function_metric
+from pyfold import function_metric, head_folding
 from pyfold.budget import function_bytes
 from pyfold.calibration import LENGTH, SEQUENCES
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
 from pyfold.families.activations import BATCH, attending_bytes, information_bytes, saying_bytes
+from pyfold.families.attention import Attention
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.survey import MEASURED
 
@@ -38,6 +39,12 @@ def survey(checkpoint: Checkpoint, groups: Sequence[FoldGroup], dtype: torch.dty
 def folding(checkpoint: Checkpoint, group: FoldGroup, k: int, dtype: torch.dtype) -> int:
     """While a group is folded, beside its weights and what kernels work in: hidden states, and what is done with both."""
     return _states(checkpoint, SEQUENCES) + _at_work(checkpoint, group, k, dtype)
+
+
+def folding_heads(checkpoint: Checkpoint, heads: Sequence[tuple[Attention, int]]) -> int:
+    """While the heads of a layer are folded, all of them into so many groups; 0 without heads."""
+    takes = (head_folding.nbytes(attention, k, checkpoint.config["hidden_size"]) for attention, k in heads)
+    return max((_states(checkpoint, SEQUENCES) + nbytes for nbytes in takes), default=0)
 
 
 def on_noise(checkpoint: Checkpoint, group: FoldGroup, k: int, dtype: torch.dtype) -> int:

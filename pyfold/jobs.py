@@ -23,15 +23,28 @@ from pyfold.device import Device, OnGpu, OnHost
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
 from pyfold.families.activations import Activations
+from pyfold.families.attention import Attention
 from pyfold.families.noise import Noise
 from pyfold.function_metric import fold_units, moments
+from pyfold.head_folding import fold_heads
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.flow import Ahead, Behind
 from pyfold.io.output import Output
 from pyfold.io.safetensors import Reader, TensorInfo, as_bytes, torch_dtype
 from pyfold.memory import Pool
 from pyfold.plan import Plan
-from pyfold.reads import Piece, Read, copy_reads, gram_reads, merge_reads, perform, sha256_of, strips_of, vector_read
+from pyfold.reads import (
+    Piece,
+    Read,
+    copy_reads,
+    gram_reads,
+    merge_reads,
+    perform,
+    sha256_of,
+    strips_of,
+    vector_read,
+    whole_read,
+)
 from pyfold.report import GroupReport
 from pyfold.streams import Gpu
 from pyfold.trace import Trace
@@ -53,12 +66,13 @@ class ByFunction(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """What is finished at once: tensors to be copied, or to be folded as one group into so many clusters. With the gain of its
-    norm, its output keeps the variance that it has behind that."""
+    """What is finished at once: tensors to be copied, or to be folded as one group, or as one layer's heads, into so many
+    clusters. With the gain of its norm, a group's output keeps the variance that it has behind that."""
 
     tensors: tuple[TensorInfo, ...]
     group: FoldGroup | None = None
     n_clusters: int = 0
+    attention: Attention | None = None
     gain: TensorInfo | None = None
 
 
@@ -79,15 +93,15 @@ class Finished(NamedTuple):
 
 
 def make_jobs(checkpoint: Checkpoint, plan: Plan, finished: Iterable[str] = (), *, keeps_variance: bool = False) -> list[Job]:
-    """Every job of a plan but those of tensors ``finished``: groups in layer order, then the other tensors. ``keeps_variance``:
-    consumers are scaled so that groups do."""
+    """Every job of a plan but those of tensors ``finished``: in layer order heads, then the group, then the other tensors.
+    ``keeps_variance``: consumers are scaled so that groups do."""
     tensors, done = checkpoint.tensors, set(finished)
-    folded = {name for group, _ in plan.groups for name in group.tensors}
-    jobs = [
-        Job(tuple(map(tensors.__getitem__, group.tensors)), group, k, tensors[group.gain] if keeps_variance else None)
-        for group, k in plan.groups
-        if not done.issuperset(group.tensors)
-    ]
+    folds = {one.name: Job(tuple(tensors[name] for name in one.names), None, k, one) for one, k in plan.heads}
+    for group, k in plan.groups:
+        gain = tensors[group.gain] if keeps_variance else None
+        folds[group.name] = Job(tuple(tensors[name] for name in group.tensors), group, k, gain=gain)
+    folded = {info.name for job in folds.values() for info in job.tensors}
+    jobs = [folds[name] for name in plan.folds if not done.issuperset(info.name for info in folds[name].tensors)]
     batch: list[TensorInfo] = []
     for name, info in tensors.items():
         if name not in folded and name not in done:
@@ -100,6 +114,9 @@ def make_jobs(checkpoint: Checkpoint, plan: Plan, finished: Iterable[str] = (), 
 
 def reads_of(job: Job, budget: Budget) -> Iterator[Read]:
     """All that a job reads, in the order in which it takes it."""
+    if job.attention:
+        yield from map(whole_read, job.tensors)
+        return
     if job.group is None:
         for info in job.tensors:
             yield from copy_reads(info)
@@ -144,7 +161,10 @@ def run_jobs(
         with Ahead(reads, budget.ahead) as ahead:
             for job in jobs:
                 stages = _Stages(ahead, behind, output, plan, backend, advance, trace, pool, device)
-                if job.group and function:
+                report: GroupReport | None
+                if job.attention and function:
+                    report = _HeadsFold(job, job.attention, budget.behind, stages, function).run()
+                elif job.group and function:
                     report = _FunctionFold(job, job.group, budget.groups[job.group.name], stages, function).run()
                 elif job.group:
                     report = _Fold(job, job.group, budget.groups[job.group.name], stages).run()
@@ -401,6 +421,61 @@ class _FunctionFold:
         with stages.trace("feed", group=group.name):
             activations.feed(activations.mlp(group.layer, weights))
         return _report(group, folded.clusters, output_error=folded.error, ridge=folded.ridge)
+
+
+@dataclass(frozen=True)
+class _HeadsFold:
+    """Read a layer's heads, see what they say on tokens that have come through all layers before, fold their KV groups."""
+
+    job: Job
+    attention: Attention
+    room: int
+    stages: _Stages
+    function: ByFunction
+
+    def run(self) -> GroupReport:
+        attention, stages, activations = self.attention, self.stages, self.function.activations
+        assert isinstance(activations, Activations), "heads are not folded on noise"
+        weights: dict[str, Tensor] = {}
+        reads: dict[str, Read] = {}
+        for read, values in stages.take(map(whole_read, self.job.tensors)):
+            reads[read.info.name], weights[read.info.name] = read, values.view(read.info.shape)
+            stages.advance(read.nbytes, attention.name)
+        with stages.trace("fold", group=attention.name):
+            try:
+                folded = fold_heads(
+                    attention,
+                    weights,
+                    partial(activations.before_attention, attention.layer),
+                    partial(activations.said, attention.layer),
+                    self.job.n_clusters,
+                    backend=stages.backend,
+                )
+            except ValueError as error:
+                raise PyfoldError(f"{self.job.tensors[0].path}: {attention.name} cannot be folded: {error}") from None
+        for name, values in weights.items():
+            made = folded.tensors.get(name, values).to(stages.dtype(name))
+            if name in folded.tensors:
+                stages.pool.give_back(values)
+            weights[name] = made
+            block = made.view(len(made), -1)
+            stages.check_finite(reads[name], block, "folded")
+            stages.write(name, [_Block(block, 0, 0, lambda: None)], block.shape[1], lambda: self.room)
+        with stages.trace("feed", group=attention.name):
+            activations.attend(attention.layer, weights)
+        return GroupReport(
+            name=attention.name,
+            layer=attention.layer,
+            width=attention.n_groups,
+            folded_width=len(folded.clusters),
+            inertia=folded.distance,
+            ward_inertia=folded.distance,
+            total_inertia=float(attention.n_groups),
+            n_moves=0,
+            n_singletons=sum(len(members) == 1 for members in folded.clusters),
+            output_error=folded.error,
+            ridge=folded.ridge,
+        )
 
 
 def _report(group: FoldGroup, clusters: Clustering, **seen: float | None) -> GroupReport:

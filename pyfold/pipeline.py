@@ -54,6 +54,7 @@ def fold_checkpoint(
     width: int | None = None,
     target_params: int | str | None = None,
     target_bytes: int | str | None = None,
+    heads_ratio: float = 0,
     allocate: str = "uniform",
     profile: str = "per-layer",
     layers: str | Iterable[int] | None = None,
@@ -73,7 +74,7 @@ def fold_checkpoint(
     ray: Literal[True] | str | None = None,
     progress: Progress | None = None,
 ) -> FoldReport:
-    """Fold the feed-forward layers of a checkpoint and write a smaller one.
+    """Fold the feed-forward layers of a checkpoint, and heads if asked to, and write a smaller one.
 
     Parameters
     ----------
@@ -87,6 +88,9 @@ def fold_checkpoint(
         Instead of ``ratio``: units to keep in each folded group.
     target_params, target_bytes : int or str, optional
         Instead of ``ratio``: what the whole result may have at most, as in ``"110M"`` or ``"220MB"``.
+    heads_ratio : float
+        Share of the KV heads of each layer to remove with their query heads, in [0, 1): floor((1 - heads_ratio) n) stay (metric
+        function, repair ridge).
     allocate : str
         ``uniform``: the same share of every group. ``auto``: what has to go goes where it does the least harm, as measured by
         the KL divergence of the whole model's output with one group folded (metric function).
@@ -169,6 +173,7 @@ def fold_checkpoint(
         width=width,
         target_params=target_params,
         target_bytes=target_bytes,
+        heads_ratio=heads_ratio,
         allocate=allocate,
         profile=profile,
         layers=layers,
@@ -271,6 +276,7 @@ def prepare(
     width: int | None,
     target_params: int | str | None = None,
     target_bytes: int | str | None = None,
+    heads_ratio: float = 0,
     allocate: str = "uniform",
     profile: str = "per-layer",
     layers: str | Iterable[int] | None,
@@ -308,9 +314,16 @@ def prepare(
     if not 0 <= seed < 1 << 63:
         raise PyfoldError(f"seed: expected 0 to 2^63 - 1, got {seed}")
     targets = {"target_params": target_params, "target_bytes": target_bytes}
+    if heads_ratio and any(target is not None for target in targets.values()):
+        raise PyfoldError("heads_ratio: a target is for the feed-forward layers; give ratio or width")
     if metric == "weight" and str(calibration) not in ("self", "none"):
         raise PyfoldError(f"calibration: {calibration} is for metric function; the weight metric sees no text")
     noise = metric == "function" and str(calibration) == "none"
+    if heads_ratio and (metric != "function" or repair != "ridge" or noise):
+        raise PyfoldError(
+            "heads_ratio: heads are folded by what they do on text, and o_proj regressed; it needs metric function, repair "
+            f"ridge and calibration self, or a file, got {metric}, {repair} and {calibration}"
+        )
     if noise and allocate == "auto":
         raise PyfoldError("allocate: auto measures on text what each group is worth; it needs calibration self, or a file")
     if metric == "function" and device != "cpu":
@@ -323,6 +336,8 @@ def prepare(
         make_plan,
         checkpoint,
         family.fold_groups(checkpoint),
+        family.attention(checkpoint) if heads_ratio else [],
+        heads_ratio=heads_ratio,
         ratio=ratio,
         width=width,
         target_params=target_params,
@@ -338,6 +353,14 @@ def prepare(
         raise PyfoldError(
             f"allocate: {multiple_of or 1} units a group have {least:,} parameters, and there is room for {plan.room:,}"
         )
+    if plan.heads and family.checks_heads and len(set(plan.kv_heads.values())) == 1:
+        attention, k = plan.heads[0]
+        heads, hidden = k * attention.n_queries, checkpoint.config["hidden_size"]
+        if hidden % heads:
+            raise PyfoldError(
+                f"heads_ratio: {heads} query heads do not divide a hidden_size of {hidden}, which {family.class_prefix}Config "
+                "asks for where all layers have as many; choose another, or some of the layers"
+            )
     if profile == "stock" and not plan.uniform:
         raise PyfoldError("profile: stock is one width for all layers; fold all of them to one")
     options: dict[str, Any] = {
@@ -370,10 +393,14 @@ def prepare(
             options |= {"seed": seed}
         if allocate == "auto":
             options |= {"allocate": allocate}
+        if plan.heads:
+            options |= {"heads_ratio": float(heads_ratio)}
         products = ops.product_dtype(backend)
         widths = {group.name: group.width if allocate == "auto" else k for group, k in plan.groups}  # auto: up to all units
         needs = function_budget.on_noise if noise else function_budget.folding
         in_layers = {group.name: needs(checkpoint, group, widths[group.name], products) for group, _ in plan.groups}
+        heads = function_budget.folding_heads(checkpoint, plan.heads)
+        in_layers = {name: max(heads, nbytes) for name, nbytes in in_layers.items()}
     spills, gpu_room = backend.startswith("cpu"), room if gpu else None
     budgeted = partial(
         make_budget, checkpoint, spills=spills, gpu_memory=gpu_room, beside=in_layers, by_function=metric == "function"
@@ -467,7 +494,7 @@ def _write_weights(
             run(jobs, output, plan, prepared.budget, prepared.backend, record=record, advance=advance, trace=trace)
     assert result.keys() == plan.tensors.keys(), f"not written: {plan.tensors.keys() - result.keys()}"
     advance(0, "done")
-    return [reports[group.name] for group, _ in plan.groups], source, result
+    return [reports[name] for name in plan.folds], source, result
 
 
 def _by_function(prepared: Prepared, output: Output, seen: function_plan.Seen | None, finished: frozenset[str]) -> ByFunction:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from math import floor, prod
 
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
+from pyfold.families.attention import Attention
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.safetensors import ITEM_SIZE
 
@@ -35,6 +36,10 @@ class Plan:
         What the options changed that the user should see (rounding).
     room : int
         Parameters that the folded groups may keep together.
+    heads : list of (Attention, int)
+        The attention to fold and the KV heads that each gets.
+    kv_heads : dict of int to int
+        KV heads of every layer afterwards, where any are folded.
     """
 
     groups: list[tuple[FoldGroup, int]]
@@ -43,11 +48,20 @@ class Plan:
     shards: dict[str, list[str]]
     notes: list[str]
     room: int = 0
+    heads: list[tuple[Attention, int]] = field(default_factory=list)
+    kv_heads: dict[int, int] = field(default_factory=dict)
 
     @property
     def uniform(self) -> bool:
-        """All layers at one width: the source's own architecture can say it."""
-        return len(set(self.widths.values())) == 1
+        """All layers at one width, and one number of heads: the source's own architecture can say it."""
+        return len(set(self.widths.values())) == 1 and len(set(self.kv_heads.values())) <= 1
+
+    @property
+    def folds(self) -> list[str]:
+        """Names of all that is folded, in order: of each layer its heads first."""
+        heads = [(attention.layer, 0, attention.name) for attention, _ in self.heads]
+        groups = [(group.layer, 1, group.name) for group, _ in self.groups]
+        return [name for _, _, name in sorted(heads + groups)]
 
     @property
     def n_parameters(self) -> int:
@@ -61,8 +75,10 @@ class Plan:
 def make_plan(
     checkpoint: Checkpoint,
     groups: list[FoldGroup],
+    attention: list[Attention] | None = None,
     *,
     ratio: float | None = None,
+    heads_ratio: float = 0,
     width: int | None = None,
     target_params: int | str | None = None,
     target_bytes: int | str | None = None,
@@ -117,17 +133,38 @@ def make_plan(
         folds.append((group, rounded))
     if room is None:
         room = sum(_parameters(checkpoint, group) // group.width * k for group, k in folds)
-    targets = {name: (group, k) for group, k in folds for name in group.tensors}
+    heads, kv_heads = _heads(attention or [], chosen, heads_ratio)
+    targets: dict[str, tuple[FoldGroup | Attention, int]] = {name: (group, k) for group, k in folds for name in group.tensors}
+    targets |= {name: (one, k) for one, k in heads for name in one.names}
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, info in checkpoint.tensors.items():
         to = DTYPES[dtype] if DTYPES[dtype] and info.dtype in _FLOATS else info.dtype
         shape = info.shape
         if name in targets:
-            group, k = targets[name]
-            shape = group.shape_at(k, name, shape)
+            one, k = targets[name]
+            shape = one.shape_at(k, name, shape)
         tensors[name] = (str(to), shape)
     widths = {group.layer: group.width for group in groups} | {group.layer: k for group, k in folds}
-    return Plan(folds, widths, tensors, split_shards(tensors, parse_size(max_shard_size)), notes, room)
+    return Plan(folds, widths, tensors, split_shards(tensors, parse_size(max_shard_size)), notes, room, heads, kv_heads)
+
+
+def _heads(attention: list[Attention], chosen: set[int], ratio: float) -> tuple[list[tuple[Attention, int]], dict[int, int]]:
+    """Attention of the layers chosen, with the KV heads that it gets, and those of every layer afterwards."""
+    if not 0 <= ratio < 1:
+        raise PyfoldError(f"heads_ratio: expected a number in [0, 1), got {ratio:g}")
+    folds = []
+    for one in attention:
+        k = floor((1 - Fraction(repr(float(ratio)))) * one.n_groups)
+        if one.layer in chosen and k < 1:
+            raise PyfoldError(
+                f"heads_ratio: {ratio:g} leaves none of the {one.n_groups} KV heads of {one.name}; use at most "
+                f"{1 - 1 / one.n_groups:.6g}"
+            )
+        if one.layer in chosen and k < one.n_groups:
+            folds.append((one, k))
+    if not folds:
+        return [], {}
+    return folds, {one.layer: one.n_groups for one in attention} | {one.layer: k for one, k in folds}
 
 
 def target_width(group: FoldGroup, ratio: float | None, width: int | None, share: Fraction | None = None) -> int:

@@ -84,6 +84,11 @@ def vector_read(info: TensorInfo) -> Read:
     return Read(info, range(1), range(info.n_parameters), info.n_parameters)
 
 
+def whole_read(info: TensorInfo) -> Read:
+    """A tensor at once."""
+    return Read(info, range(info.n_parameters), range(1), 1, hashlib.sha256())
+
+
 def strips_of(group: FoldGroup, cut: GroupBudget) -> list[tuple[int, int]]:
     """Rows of G that are computed together: all of it, where it is held in memory."""
     return [(0, group.width)] if cut.strip is None else list(ops.strips(group.width, cut.strip))

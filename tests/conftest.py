@@ -107,6 +107,14 @@ def with_tokenizer(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    words = torch.randint(3, 64, (16 * 255 + 7,), generator=torch.Generator().manual_seed(0))
+    file.write_text(" ".join(f"w{word}" for word in words.tolist()))
+    return file
+
+
 def heed_interrupts() -> None:
     """For a process to be: SIGINT stops it, also where a shell in the background has had it ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -187,14 +187,6 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return with_tokenizer(tiny_checkpoint(tmp_path_factory.mktemp("source") / "src", mlp_bias=request.param))
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "words.txt"
-    words = torch.randint(3, 64, (16 * 255 + 7,), generator=torch.Generator().manual_seed(0))
-    file.write_text(" ".join(f"w{word}" for word in words.tolist()))
-    return file
-
-
 def run(source: Path, dst: Path, **options: Any) -> dict[str, str]:
     fold_checkpoint(source, dst, metric="function", **options)
     return tree(dst)

@@ -9,15 +9,17 @@ from typing import Any
 from pyfold import __version__
 from pyfold.errors import PyfoldError
 from pyfold.families import Family
+from pyfold.families.attention import KV_HEADS, QUERY_HEADS
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.plan import Plan
 from pyfold.report import GroupReport, how_to_load
 
 MODELING = "modeling_pyfold.py"
-_MODELING_TEMPLATE = '''"""{prefix} with a width per layer: `per_layer_config` in config.json. Written by pyfold."""
+_READS_GLOBAL = "allow_global_per_layer_attribute_access"
+_MODELING_TEMPLATE = '''"""{prefix} with widths and heads per layer: `per_layer_config` in config.json. Written by pyfold."""
 
 from transformers import {prefix}ForCausalLM, {prefix}Model
-from transformers.models.{model_type}.modeling_{model_type} import {prefix}MLP
+from transformers.models.{model_type}.modeling_{model_type} import {prefix}Attention, {prefix}MLP
 
 
 class PerLayerWidths:
@@ -26,8 +28,10 @@ class PerLayerWidths:
         config.per_layer_config = None  # the base class reads one width
         super().__init__(config)
         config.per_layer_config = overrides
-        for layer, layer_config in zip(self.base_model.layers, layer_configs):
+        for i, (layer, layer_config) in enumerate(zip(self.base_model.layers, layer_configs)):
             layer.mlp = {prefix}MLP(layer_config)
+            layer.self_attn = {prefix}Attention(layer_config, i)
+            layer.self_attn.config = config  # how attention is computed is the model's to say
         self.post_init()
 
 
@@ -58,6 +62,10 @@ _MERGES = {
         "refinement); each cluster's strongest member stands for it, and the down columns are fitted by ridge regression.",
     ),
 }
+_HEADS = (
+    "Of attention, whole KV heads go with their query heads: those whose output the others make up for best. Each lends its "
+    "values to the one that attends most like it, once aligned, and o_proj is fitted by ridge regression."
+)
 
 
 def _merge(options: dict[str, Any]) -> tuple[str, str]:
@@ -98,18 +106,22 @@ def _auto_map(family: Family) -> dict[str, str]:
 def patched_config(checkpoint: Checkpoint, family: Family, plan: Plan, dtype: str) -> dict[str, Any]:
     """The source's config with the new widths, and nothing else changed."""
     config = dict(checkpoint.config)
-    width_key = plan.groups[0][0].width_key
     overrides = {int(layer): dict(values) for layer, values in (config.pop("per_layer_config", None) or {}).items()}
-    for values in overrides.values():
-        values.pop(width_key, None)
-    if plan.uniform:
-        config[width_key] = plan.widths[0]
-    else:
-        for layer, width in plan.widths.items():
-            if width != config[width_key]:
-                overrides.setdefault(layer, {})[width_key] = width
+    if plan.heads:
+        attention = plan.heads[0][0]
+        config = config | {KV_HEADS: attention.n_groups, "head_dim": attention.head_dim}
+    for key, of_layers in _settings(plan).items():
+        if len(set(of_layers.values())) == 1:
+            config[key] = of_layers[0]
+        for layer, value in of_layers.items():
+            overrides.setdefault(layer, {})[key] = value
+            if value == config[key]:
+                del overrides[layer][key]
     overrides = {layer: values for layer, values in sorted(overrides.items()) if values}
     own = f"Folded{family.class_prefix}"
+    config.pop(_READS_GLOBAL, None)
+    if family.checks_heads and any(QUERY_HEADS in values for values in overrides.values()):
+        config[_READS_GLOBAL] = True  # what it checks is the number of no layer in particular
     if overrides:
         named = [name for name in config.get("architectures") or [] if not str(name).endswith("ForCausalLM")]
         if named:
@@ -128,6 +140,15 @@ def patched_config(checkpoint: Checkpoint, family: Family, plan: Plan, dtype: st
     if dtype != "keep":
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     return config
+
+
+def _settings(plan: Plan) -> dict[str, dict[int, int]]:
+    """What the plan says of every layer, by key of config.json."""
+    found = {plan.groups[0][0].width_key: plan.widths}
+    for layer, n_groups in plan.kv_heads.items():
+        for key, value in plan.heads[0][0].config(n_groups).items():
+            found.setdefault(key, {})[layer] = value
+    return found
 
 
 def index(plan: Plan) -> dict[str, Any]:
@@ -197,7 +218,7 @@ def model_card(
         json.dumps(options, indent=2),
         "```",
         "",
-        _merge(options)[1],
+        _merge(options)[1] + (f" {_HEADS}" if plan.heads else ""),
         "",
         "| group | width | folded | inertia, share of total |",
         "|---|---|---|---|",

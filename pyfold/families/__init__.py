@@ -15,7 +15,7 @@ __all__ = ["FAMILIES", "Family", "FoldGroup", "family_of"]
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        DecoderFamily("llama", "Llama"),
+        DecoderFamily("llama", "Llama", checks_heads=True),
         DecoderFamily("mistral", "Mistral"),
         DecoderFamily("qwen2", "Qwen2"),
         DecoderFamily("qwen3", "Qwen3"),

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.func import functional_call
+from torch.nn import Identity, Module, Parameter
 from torch.nn.functional import cross_entropy, kl_div, linear
 
 from pyfold.errors import PyfoldError
@@ -130,12 +131,32 @@ class Layers:
         """Have a layer, or a part of it, in memory no more."""
         self._model.layers[i].get_submodule(part).to("meta")
 
-    def attended(self, i: int, states: Tensor) -> Tensor:
-        """What attention adds to hidden states."""
-        layer = self._model.layers[i]
-        normed = layer.input_layernorm(states).to(self._dtype)
-        added: Tensor = layer.self_attn(hidden_states=normed, position_embeddings=self._rotation, attention_mask=None)[0]
-        return added.float()
+    def attended(self, i: int, states: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What attention adds to hidden states. ``weights``: its tensors by name, of any number of heads; those that are not
+        given are as they are."""
+        return self._attention(i, self.before_attention(i, states), weights or {}).float()
+
+    def before_attention(self, i: int, states: Tensor) -> Tensor:
+        """What the attention of a layer reads."""
+        normed: Tensor = self._model.layers[i].input_layernorm(states)
+        return normed
+
+    def said(self, i: int, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """What heads of these tensors say of what the attention of a layer reads: (sequences, length, heads x head_dim)."""
+        attention = self._model.layers[i].self_attn
+        output, attention.o_proj = attention.o_proj, Identity()
+        try:
+            return self._attention(i, x, weights)
+        finally:
+            attention.o_proj = output
+
+    def _attention(self, i: int, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        module, at = self._model.layers[i].self_attn, f"{self._prefix}layers.{i}.{_ATTENTION}"
+        parts = (part for part, _ in module.named_parameters() if at + part in weights)
+        given = {part: weights[at + part].to(self._dtype) for part in parts}
+        inputs = {"hidden_states": x.to(self._dtype), "position_embeddings": self._rotation, "attention_mask": None}
+        added: Tensor = functional_call(module, given, kwargs=inputs)[0]
+        return added
 
     def normed(self, i: int, states: Tensor) -> Tensor:
         """What the feed-forward network of a layer reads."""
@@ -174,7 +195,7 @@ class Activations:
         self, checkpoint: Checkpoint, tokens: Tensor, place: Callable[[str], TensorInfo], dtype: torch.dtype = torch.float32
     ) -> None:
         self._layers = Layers(checkpoint, tokens.shape[1], place, dtype)
-        self._layer, self._attended = 0, False
+        self._layer, self._loaded, self._attended = 0, False, False
         self._hidden = self._layers.embedded(tokens)
         self._forks: list[Tensor] = []
         self._to_come: list[Tensor] = []  # forks that are past this layer already
@@ -182,6 +203,27 @@ class Activations:
     def close(self) -> None:
         """Close the files."""
         self._layers.close()
+
+    def before_attention(self, layer: int) -> Iterator[Tensor]:
+        """What the attention of a layer reads: batches of whole sequences, (sequences, length, hidden)."""
+        with torch.inference_mode():
+            self._pass_until(layer)
+            self._load()
+        for batch in _batches(self._hidden):
+            with torch.inference_mode():  # not while the caller has the batch
+                normed = self._layers.before_attention(layer, batch)
+            yield normed
+
+    def said(self, layer: int, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """What heads of these tensors say of a batch of what the attention of a layer reads."""
+        with torch.inference_mode():
+            return self._layers.said(layer, x, weights)
+
+    def attend(self, layer: int, weights: Mapping[str, Tensor]) -> None:
+        """Let the tokens through attention of these tensors in the place of the layer's own."""
+        with torch.inference_mode():
+            self._pass_until(layer)
+            self._attend(weights)
 
     def inputs(self, layer: int) -> Iterator[Tensor]:
         """What the feed-forward network of a layer reads: batches of whole sequences, (sequences, length, hidden)."""
@@ -205,7 +247,7 @@ class Activations:
         self._layers.drop(self._layer)
         self._forks += self._to_come
         self._to_come = []
-        self._layer, self._attended = self._layer + 1, False
+        self._layer, self._loaded, self._attended = self._layer + 1, False, False
 
     def fork(self, sequences: slice, mlp: Mlp) -> None:
         """Let copies of some sequences through this network, and on beside all others, which are still to be fed."""
@@ -238,13 +280,18 @@ class Activations:
             self._attend()
             self.feed(self._layers.mlp(self._layer))
 
-    def _attend(self) -> None:
+    def _load(self) -> None:
+        if not self._loaded:
+            self._layers.load(self._layer)
+        self._loaded = True
+
+    def _attend(self, weights: Mapping[str, Tensor] | None = None) -> None:
         if self._attended:
             return
-        self._layers.load(self._layer)
+        self._load()
         for states in (self._hidden, *self._forks):
             for batch in _batches(states):
-                batch += self._layers.attended(self._layer, batch)
+                batch += self._layers.attended(self._layer, batch, weights)
         self._layers.drop(self._layer, "self_attn")
         self._attended = True
 

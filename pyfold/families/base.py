@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from pyfold.families.attention import Attention
 from pyfold.io.checkpoint import Checkpoint
 
 
@@ -63,8 +64,15 @@ class Family(Protocol):
     def class_prefix(self) -> str:
         """Of its classes in transformers: ``Llama`` for LlamaForCausalLM, LlamaModel, LlamaMLP."""
 
+    @property
+    def checks_heads(self) -> bool:
+        """Whether its config in transformers wants num_attention_heads to divide hidden_size."""
+
     def fold_groups(self, checkpoint: Checkpoint) -> list[FoldGroup]:
         """Every fold group of a checkpoint, in layer order; shapes checked against config.json."""
+
+    def attention(self, checkpoint: Checkpoint) -> list[Attention]:
+        """The heads of every layer; shapes checked against config.json."""
 
 
 def prefix_of(checkpoint: Checkpoint) -> str:

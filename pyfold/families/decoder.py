@@ -1,7 +1,7 @@
 """Decoder-only language models with a gated feed-forward network: LLaMA and those that share its tensor names.
 
 ``down_proj(act(gate_proj(x)) * up_proj(x))``: the rows of gate_proj and up_proj produce the intermediate units (their biases
-ride along), the columns of down_proj consume them. x comes from an RMSNorm.
+ride along), the columns of down_proj consume them. x comes from an RMSNorm. Of attention: the layout of its heads.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyfold.errors import PyfoldError
+from pyfold.families.attention import KV_HEADS, QUERY_HEADS, Attention
 from pyfold.families.base import FoldGroup, prefix_of
 from pyfold.io.checkpoint import Checkpoint
 
@@ -23,25 +24,15 @@ class DecoderFamily:
 
     model_type: str
     class_prefix: str
+    checks_heads: bool = False
 
     def fold_groups(self, checkpoint: Checkpoint) -> list[FoldGroup]:
         config_path = checkpoint.path / "config.json"
         hidden = _positive(checkpoint.config, "hidden_size", config_path)
-        n_layers = _positive(checkpoint.config, "num_hidden_layers", config_path)
-        overrides = {}
-        for layer, values in checkpoint.config.get("per_layer_config", {}).items():
-            if (
-                not re.fullmatch("0|[1-9][0-9]{0,8}", layer)
-                or int(layer) >= n_layers
-                or not isinstance(values, dict)
-                or not values.keys() <= {_WIDTH}
-            ):
-                raise PyfoldError(f"{config_path}: per_layer_config may say {_WIDTH} of a layer, got {layer!r}: {values!r:.60}")
-            overrides[int(layer)] = values
         prefix, act = prefix_of(checkpoint), str(checkpoint.config.get("hidden_act", "silu"))
         groups = []
-        for layer in range(n_layers):
-            width = _positive({**checkpoint.config, **overrides.get(layer, {})}, _WIDTH, config_path)
+        for layer, config in enumerate(_layer_configs(checkpoint)):
+            width = _positive(config, _WIDTH, config_path)
             at = f"{prefix}layers.{layer}."
             mlp, gain = f"{at}mlp.", f"{at}post_attention_layernorm.weight"
             producers = (f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight")
@@ -57,6 +48,50 @@ class DecoderFamily:
                 _check_tensor(checkpoint, name, shape)
             groups.append(FoldGroup(f"layers.{layer}.mlp", layer, width, _WIDTH, producers, consumers, riders, gain, act))
         return groups
+
+    def attention(self, checkpoint: Checkpoint) -> list[Attention]:
+        config_path = checkpoint.path / "config.json"
+        hidden = _positive(checkpoint.config, "hidden_size", config_path)
+        prefix = prefix_of(checkpoint)
+        found = []
+        for layer, config in enumerate(_layer_configs(checkpoint)):
+            heads = _positive(config, QUERY_HEADS, config_path)
+            groups = heads if config.get(KV_HEADS) is None else _positive(config, KV_HEADS, config_path)
+            d = hidden // heads if config.get("head_dim") is None else _positive(config, "head_dim", config_path)
+            if heads % groups or d % 2:
+                raise PyfoldError(f"{config_path}: {heads} query heads of {d} rows do not share {groups} KV heads evenly")
+            at = f"{prefix}layers.{layer}.self_attn."
+            weights = [f"{at}{part}_proj.weight" for part in "qkvo"]
+            others = (f"{at}{part}" for part in ("q_proj.bias", "k_proj.bias", "v_proj.bias", "q_norm.weight", "k_norm.weight"))
+            given = [name if name in checkpoint.tensors else None for name in others]
+            rows = (heads * d, groups * d, groups * d)
+            shapes = [*((n, hidden) for n in rows), (hidden, heads * d), *((n,) for n in rows), (d,), (d,)]
+            for name, shape in zip((*weights, *given), shapes, strict=True):
+                if name:
+                    _check_tensor(checkpoint, name, shape)
+            query, key, value, output = weights
+            found.append(Attention(layer, groups, heads // groups, d, query, key, value, output, *given))
+        return found
+
+
+def _layer_configs(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """What config.json says of every layer."""
+    path = checkpoint.path / "config.json"
+    n_layers = _positive(checkpoint.config, "num_hidden_layers", path)
+    configs = [checkpoint.config] * n_layers
+    for layer, values in checkpoint.config.get("per_layer_config", {}).items():
+        if (
+            not re.fullmatch("0|[1-9][0-9]{0,8}", layer)
+            or int(layer) >= n_layers
+            or not isinstance(values, dict)
+            or not values.keys() <= {_WIDTH, QUERY_HEADS, KV_HEADS}
+        ):
+            raise PyfoldError(
+                f"{path}: per_layer_config may say {_WIDTH}, {QUERY_HEADS} and {KV_HEADS} of a layer, got {layer!r}: "
+                f"{values!r:.60}"
+            )
+        configs[int(layer)] = {**checkpoint.config, **values}
+    return configs
 
 
 def _positive(config: dict[str, Any], key: str, path: object) -> int:
