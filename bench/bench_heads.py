@@ -3,17 +3,17 @@
 Run by hand: ``pytest bench/bench_heads.py --text wikitext2_raw_test.txt [--scale small] [--cache DIR]``. How sensitive a layer
 is is measured by the KL divergence of what the model says from what it said, on text of its own, with that layer's heads alone
 folded. What folding is compared with is in ``head_merges.py``. Every method folds layer after layer, on the tokens as the
-layers folded before let them through.
+layers folded before let them through. Models compute in bf16, as they are stored. Takes five minutes, and the first time three
+more, in which the model writes its text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import head_merges
 import pytest
@@ -73,9 +73,8 @@ class Bench:
         written = calibrate(self.checkpoint, "self", Cache(cache / f"heads{CACHE}"), {}, _ROOM)
         self.tokens = written.tokens[: self.sizes.sequences]
         self.backend = ops.resolve("auto")
-        model, tokenizer = load_model(self.source)
-        self.dense = score(model, tokenizer, text=text, context=self.sizes.context, windows=self.sizes.windows).perplexity
-        del model
+        self.model, self.tokenizer = load_model(self.source, torch.bfloat16)
+        self.dense = self.perplexity({})
         self.divergences = self._divergences()
         order = sorted(self.divergences, key=lambda layer: self.divergences[layer])
         self.layers = sorted(order[: self.sizes.folded])
@@ -96,35 +95,36 @@ class Bench:
                     activations.attend(layer, found[layer].tensors)
         return found
 
-    def perplexity(self, folds: dict[int, Folded]) -> float:
-        model, tokenizer = load_model(self.source)
-        for folded in folds.values():
-            _replace(model, folded.tensors)
-        return score(model, tokenizer, text=self.text, context=self.sizes.context, windows=self.sizes.windows).perplexity
+    def perplexity(self, folds: Mapping[int, Folded]) -> float:
+        """Of the model with these layers."""
+        sizes = self.sizes
+        with self._replaced(folds):
+            return score(self.model, self.tokenizer, text=self.text, context=sizes.context, windows=sizes.windows).perplexity
 
     def _divergences(self) -> dict[int, float]:
-        """In nats a token, on sequences held out, with one layer folded; in bf16, which is enough to choose layers."""
-        model, _ = load_model(self.source, torch.bfloat16)
+        """In nats a token, on sequences held out, with one layer folded."""
         probes = self.tokens[HELD_OUT - 1 :: HELD_OUT]
-        expected = _said(model, probes)
+        expected = self._said(probes)
         found = {}
         for layer, folded in self.folds(fold_heads, self.sizes.layers, alone=True).items():
-            own = {name: model.get_parameter(name).data for name in folded.tensors}
-            _replace(model, folded.tensors, torch.bfloat16)
-            found[layer] = float(kl_div(_said(model, probes), expected, reduction="sum", log_target=True)) / probes.numel()
-            _replace(model, own, torch.bfloat16)
+            with self._replaced({layer: folded}):
+                nats = kl_div(self._said(probes), expected, reduction="sum", log_target=True)
+            found[layer] = float(nats) / probes.numel()
         return found
 
+    def _said(self, tokens: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return torch.cat([self.model(part).logits.float().log_softmax(-1) for part in tokens.split(1)])
 
-def _replace(model: Any, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
-    """Tensors as a bf16 checkpoint would have them."""
-    for name, values in tensors.items():
-        put(model, name, values.bfloat16().to(dtype))
-
-
-def _said(model: Any, tokens: Tensor) -> Tensor:
-    with torch.inference_mode():
-        return torch.cat([model(part).logits.float().log_softmax(-1) for part in tokens.split(1)])
+    @contextmanager
+    def _replaced(self, folds: Mapping[int, Folded]) -> Iterator[None]:
+        changed = {name: values for folded in folds.values() for name, values in folded.tensors.items()}
+        own = {name: self.model.get_parameter(name).data for name in changed}
+        for name, values in changed.items():
+            put(self.model, name, values.bfloat16())
+        yield
+        for name, values in own.items():
+            put(self.model, name, values)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def bench(report: Report, request: pytest.FixtureRequest) -> Bench:
     cache = Path(request.config.getoption("--cache"))
     cache.mkdir(parents=True, exist_ok=True)
     made = Bench(report, cache, Path(text).read_text(encoding="utf-8"))
-    report.notes.append(f"Dense perplexity {made.dense:.3f}, {made.sizes.windows} windows of {made.sizes.context}.")
+    report.notes.append(f"Dense perplexity {made.dense:.3f}, {made.sizes.windows} windows of {made.sizes.context}, in bf16.")
     report.tables["KL divergence with one layer's heads folded, nats a token"] = [
         {"layer": str(layer), "nats": nats, "folded below": "yes" if layer in made.layers else "no"}
         for layer, nats in made.divergences.items()

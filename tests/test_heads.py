@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, load, logits, prompt, tensors_of, tiny_checkpoint, tiny_model, tree, with_tokenizer
+from conftest import FAMILIES, load, logits, prompt, run_cli, tensors_of, tiny_checkpoint, tiny_model, tree, with_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from pyfold import evaluate, fold_checkpoint, jobs
@@ -284,3 +284,16 @@ def test_what_cannot_be_done_with_heads_is_said(source: Path, text: Path, tmp_pa
         with pytest.raises(PyfoldError, match=re.escape(words)):
             fold_checkpoint(source, tmp_path / "dst", **{"heads_ratio": 0.33, **options})
         assert not (tmp_path / "dst").exists()
+
+
+def test_memory_of_heads_is_kept_to(text: Path, tmp_path: Path) -> None:
+    """Where it is heads that take most."""
+    heads = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 64}
+    source = with_tokenizer(tiny_checkpoint(tmp_path / "src", width=64, n_layers=2, **heads))
+    options = ["--ratio", 0.25, "--heads-ratio", 0.5, "--metric", "function", "--calibration", text, "--json", "--host-memory"]
+    refused = run_cli("fold", source, tmp_path / "dst", *options, "1MiB")
+    assert refused.returncode == 2, refused.stderr
+    least = int(re.search(r"at least .*\(([\d,]+) bytes\)", refused.stderr)[1].replace(",", ""))
+    done = run_cli("fold", source, tmp_path / "dst", *options, least + (8 << 20))  # what a process holds varies
+    assert done.returncode == 0, done.stderr
+    assert 0.6 * least < json.loads(done.stdout)["peak_rss_bytes"] <= least + (8 << 20)
