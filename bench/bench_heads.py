@@ -3,7 +3,7 @@
 Run by hand: ``pytest bench/bench_heads.py --text wikitext2_raw_test.txt [--scale small] [--cache DIR]``. How sensitive a layer
 is is measured by the KL divergence of what the model says from what it said, on text of its own, with that layer's heads alone
 folded. What folding is compared with is in ``head_merges.py``. Every method folds layer after layer, on the tokens as the
-layers folded before let them through. Models compute in bf16, as they are stored. Takes five minutes, and the first time three
+layers folded before let them through. Models compute in bf16, as they are stored. Takes ten minutes, and the first time three
 more, in which the model writes its text.
 """
 
@@ -59,7 +59,7 @@ METHODS: dict[str, Fold] = {
     "aligned, mean + ridge": partial(head_merges.folded, head_merges.aligned),
     "aligned, mean by energy + ridge": partial(head_merges.folded, head_merges.by_energy),
     "aligned, strongest + ridge": partial(head_merges.folded, head_merges.strongest),
-    "pyfold: aligned, strongest with lent values + ridge": fold_heads,
+    "pyfold: aligned, the one that stands with the other's columns + ridge": fold_heads,
 }
 
 

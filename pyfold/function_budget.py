@@ -43,7 +43,7 @@ def folding(checkpoint: Checkpoint, group: FoldGroup, k: int, dtype: torch.dtype
 
 def folding_heads(checkpoint: Checkpoint, heads: Sequence[tuple[Attention, int]]) -> int:
     """While the heads of a layer are folded, all of them into so many groups; 0 without heads."""
-    takes = (head_folding.nbytes(attention, k, checkpoint.config["hidden_size"]) for attention, k in heads)
+    takes = (head_folding.nbytes(attention, checkpoint.config["hidden_size"]) for attention, _ in heads)
     return max((_states(checkpoint, SEQUENCES) + nbytes for nbytes in takes), default=0)
 
 

@@ -115,17 +115,15 @@ def fold_units(
     return Folded(clusters, kept, *compensate(consumer, seen, kept, folded))
 
 
-def compensate(
-    consumer: Tensor, seen: Moments, kept: Tensor, folded: Tensor, *, refit: bool = True
-) -> tuple[Tensor, float, float]:
+def compensate(consumer: Tensor, seen: Moments, kept: Tensor, folded: Tensor) -> tuple[Tensor, float, float]:
     """Columns (H, K) for the units kept by ridge regression toward ``folded``, the λ that does best on tokens held out, and the
-    share of the output's energy that is lost on them. ``refit``: the columns have then seen these too."""
+    share of the output's energy that is lost on them."""
     whole, errors = _energy(consumer, seen.held_out), {}
     for lam, fit in _regressed(consumer, [seen.fitted], kept, folded, LAMBDAS):
         errors[lam] = _share(_energy(_missed(consumer, kept, fit), seen.held_out), whole)
         del fit  # before there is another
     best = min(errors, key=lambda lam: errors[lam])
-    [(_, fit)] = _regressed(consumer, seen if refit else [seen.fitted], kept, folded, (best,))
+    [(_, fit)] = _regressed(consumer, seen, kept, folded, (best,))
     return fit, best, errors[best]
 
 

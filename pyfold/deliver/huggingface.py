@@ -63,8 +63,9 @@ _MERGES = {
     ),
 }
 _HEADS = (
-    "Of attention, whole KV heads go with their query heads: those whose output the others make up for best. Each lends its "
-    "values to the one that attends most like it, once aligned, and o_proj is fitted by ridge regression."
+    "Of attention, whole KV heads go with their query heads: those whose output the others make up for best. Each one's "
+    "columns of o_proj are added to those of the head that attends most like it, once aligned; o_proj is then fitted by ridge "
+    "regression."
 )
 
 
