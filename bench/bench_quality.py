@@ -70,7 +70,8 @@ class Bench:
         with output_variances(model, range(len(self.widths))) as self.variances:
             self.dense = self._perplexity(model, tokenizer)
         self.real = folder / "real.txt"
-        self.real.write_text(unseen(self.text, load_tokenizer(self.source), self.sizes.windows, self.sizes.context))
+        unseen_text = unseen(self.text, load_tokenizer(self.source), self.sizes.windows, self.sizes.context)
+        self.real.write_text(unseen_text, encoding="utf-8")
         report.notes.append(f"Dense perplexity {self.dense:.3f}, {self.sizes.windows} windows of {self.sizes.context}.")
 
     def fold(self, name: str, *options: object, command: tuple[object, ...] = ("-m", "pyfold", "fold"), like: str = "") -> Row:
@@ -159,7 +160,7 @@ def test_no_evaluated_text_is_seen(bench: Bench) -> None:
     """No 50 tokens in a row of a window are in the real calibration text."""
     tokenizer, sizes = load_tokenizer(bench.source), bench.sizes
     ids = tokenizer(bench.text, verbose=False).input_ids
-    real = tokenizer(bench.real.read_text(), verbose=False).input_ids
+    real = tokenizer(bench.real.read_text(encoding="utf-8"), verbose=False).input_ids
     runs = {tuple(real[i : i + 50]) for i in range(len(real) - 49)}
     for begin, _, end in spread(len(ids), sizes.context, sizes.windows):
         assert not any(tuple(ids[i : i + 50]) in runs for i in range(begin, end - 49))

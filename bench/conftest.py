@@ -42,8 +42,8 @@ REPORTS = pytest.StashKey[list[Report]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--scale", choices=("small", "full"), default="full", help="small: seconds, to see that it works")
-    group.addoption("--cache", default=".cache", metavar="DIR", help="stream, reader: where checkpoints are made and kept")
-    group.addoption("--text", metavar="FILE", help="quality: WikiText-2's raw test file")
+    group.addoption("--cache", default=".cache", metavar="DIR", help="where checkpoints are made and kept")
+    group.addoption("--text", metavar="FILE", help="quality, heads: WikiText-2's raw test file")
     group.addoption("--layers", type=int, metavar="N", help="stream, reader: a checkpoint of N layers; its JSON is not written")
 
 

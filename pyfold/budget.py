@@ -275,7 +275,7 @@ def group_bytes(
         gram, clustered = strip + _TURNED, 0
     if gpu:
         in_hand += pieces
-    packed = 0 if gpu else _packed(n)
+    packed = 0 if gpu else packed_bytes(n)
     return max(gram + in_hand + packed, clustered + kept + _clustering(n, k, strip), in_hand + merged) + _SLACK
 
 
@@ -289,10 +289,11 @@ def _kernel_bytes(group: FoldGroup, k: int, strip: int | None, gpu: bool) -> int
     """What the kernels of a group allocate while tensors may lie idle."""
     if gpu:
         return 0 if strip is None else _TURNED
-    return max(_packed(group.width), _clustering(group.width, k, strip))
+    return max(packed_bytes(group.width), _clustering(group.width, k, strip))
 
 
-def _packed(n: int) -> int:
+def packed_bytes(n: int) -> int:
+    """What a Gram product of N units takes beside its operands."""
     return max(_PACKED, _PACKED_ITEM * n * PANEL)
 
 

@@ -56,7 +56,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Calibration:
-    """(sequences, LENGTH) tokens, int64, and where they are from: ``self`` or a file's name."""
+    """(sequences, LENGTH) tokens, int64, and where they are from: ``self`` or ``file NAME``."""
 
     tokens: Tensor
     source: str
@@ -89,7 +89,7 @@ def calibrate(
     """
     tokenizer = evaluate.load_tokenizer(checkpoint.path)
     if text != "self":
-        return Calibration(_read(Path(text), tokenizer), Path(text).name)
+        return Calibration(_read(Path(text), tokenizer), f"file {Path(text).name}")
     key = {
         "pyfold": __version__,
         "sources": stamps,

@@ -61,7 +61,7 @@ def _how_to_go_on(args: argparse.Namespace) -> str:
 
     try:
         return "; the same command continues from here" if resumable(Path(args.destination)) else ""
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, TypeError):  # no destination, or none given
         return ""
 
 
@@ -110,6 +110,7 @@ def _fold(args: argparse.Namespace) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     from pyfold.families import family_of
+    from pyfold.families.attention import differ
     from pyfold.io.checkpoint import open_checkpoint
     from pyfold.plan import make_plan
 
@@ -119,6 +120,7 @@ def _inspect(args: argparse.Namespace) -> None:
     plan = make_plan(
         checkpoint,
         groups,
+        family.attention(checkpoint) if differ(checkpoint.config) else [],
         **_widths(args),
         layers=args.layers,
         multiple_of=args.multiple_of,

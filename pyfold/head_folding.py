@@ -20,7 +20,6 @@ from pyfold.function_metric import compensate, moments
 from pyfold.heads import alignment, balanced, distance
 
 _SHRINK = 0.03  # λ where groups are chosen: with more of it those of least energy would go
-_TINY = torch.finfo(torch.float32).tiny
 _JITTER = 1e-6  # of a mean diagonal: more than rounding
 
 Say = Callable[[Tensor, Mapping[str, Tensor]], Tensor]

@@ -1,4 +1,4 @@
-"""KV groups brought as close to one another as they can be without a change of what they say, and merged.
+"""KV groups brought as close to one another as they can be without a change of what they say.
 
 Rows are compared by what they say on some tokens: once hidden states have second moments L Lᵀ, rows times L have for inner
 products the mean products of what they say, and all below is about such rows. A group is first *balanced*: each pair of its key
@@ -27,9 +27,9 @@ def balanced(group: KVGroup, freedom: Freedom) -> Symmetry:
     said = pairs(group.key).abs().square().sum(-1)
     asked = pairs(group.query).abs().square().sum((0, -1))
     turn = ones * (asked / said).pow(0.25).nan_to_num(1, 1, 1) if freedom.scales else ones
-    root, inverse = roots(group.value @ group.value.T)
+    root, inverse = _roots(group.value @ group.value.T)
     heard = torch.einsum("jdh,jeh->de", group.output, group.output)
-    mix = roots(inverse @ roots(root @ heard.double() @ root)[0] @ inverse)[0]
+    mix = _roots(inverse @ _roots(root @ heard.double() @ root)[0] @ inverse)[0]
     return Symmetry(torch.arange(len(group.query)), turn, mix.float())
 
 
@@ -110,7 +110,7 @@ def _energy(rows: Tensor) -> Tensor:
     return rows.square().sum()
 
 
-def roots(square: Tensor) -> tuple[Tensor, Tensor]:
+def _roots(square: Tensor) -> tuple[Tensor, Tensor]:
     """Of a positive semidefinite matrix its square root and the inverse of that, fp64."""
     values, vectors = torch.linalg.eigh(square.double())
     values = values.clamp(min=max(_FLOOR * float(values[-1]), torch.finfo(torch.float32).tiny)).sqrt()

@@ -1,7 +1,8 @@
 """The work of a fold, cut into jobs: a fold group, or some of the other tensors. Each ends as a line of the journal.
 
-While one is computed, the next tensors are read ahead and what has been made is written behind, hashing included. A job depends
-on nothing but the source, so any process can do any of them, in any order, to the same bytes.
+While one is computed, the next tensors are read ahead and what has been made is written behind, hashing included. By weights
+a job depends on nothing but the source, so any process can do any of them, in any order, to the same bytes; by function layers
+come one after another.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyfold import ops
 from pyfold.budget import Budget, GroupBudget
@@ -408,8 +410,8 @@ class _FunctionFold:
                     backend=stages.backend,
                     information=None if information is None else information[group.layer],
                 )
-            except ValueError as error:
-                raise PyfoldError(f"{self.job.tensors[0].path}: {group.name} cannot be folded: {error}") from None
+            except (ValueError, LinAlgError) as error:
+                raise _cannot_fold(self.job, group.name, error) from None
         del seen, consumer
         for name, values in weights.items():
             made = (folded.consumer if name in group.consumers else values[folded.kept]).to(stages.dtype(name))
@@ -421,6 +423,10 @@ class _FunctionFold:
         with stages.trace("feed", group=group.name):
             activations.feed(activations.mlp(group.layer, weights))
         return _report(group, folded.clusters, output_error=folded.error, ridge=folded.ridge)
+
+
+def _cannot_fold(job: Job, name: str, error: Exception) -> PyfoldError:
+    return PyfoldError(f"{job.tensors[0].path}: {name} cannot be folded: {str(error).splitlines()[0]}")
 
 
 @dataclass(frozen=True)
@@ -451,8 +457,8 @@ class _HeadsFold:
                     self.job.n_clusters,
                     backend=stages.backend,
                 )
-            except ValueError as error:
-                raise PyfoldError(f"{self.job.tensors[0].path}: {attention.name} cannot be folded: {error}") from None
+            except (ValueError, LinAlgError) as error:
+                raise _cannot_fold(self.job, attention.name, error) from None
         for name, values in weights.items():
             made = folded.tensors.get(name, values).to(stages.dtype(name))
             if name in folded.tensors:

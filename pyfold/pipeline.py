@@ -20,12 +20,12 @@ from typing import Any, Literal
 import torch
 
 from pyfold import __version__, distributed, function_budget, function_plan, ops
-from pyfold.budget import Budget, make_budget
+from pyfold.budget import Budget, make_budget, packed_bytes
 from pyfold.calibration import CACHE, Cache
 from pyfold.clustering.regime import bytes_free
 from pyfold.deliver import huggingface
 from pyfold.errors import PyfoldError
-from pyfold.families import Family, family_of
+from pyfold.families import Family, attention, family_of
 from pyfold.families.activations import Activations, decoder
 from pyfold.families.noise import Noise
 from pyfold.io.checkpoint import INDEX, Checkpoint, open_checkpoint
@@ -200,12 +200,14 @@ def fold_checkpoint(
     n_bytes = prepared.plan.nbytes + prepared.budget.spilled
     with Trace(trace) as timeline, Destination(Path(dst), sources, overwrite=overwrite, n_bytes=n_bytes) as stage:
         seen = None
-        if metric == "function" and str(calibration) != "none":
+        known = {"pyfold": __version__, "backend": prepared.computed_by, "sources": stamps}
+        stage.check(known | {"options": prepared.options})
+        if prepared.text not in (None, "none"):
             seen, prepared = _see(prepared, str(calibration), Path(dst).absolute(), stamps, seed, progress)
         plan, options = prepared.plan, prepared.options
         backend, gpu, budget = prepared.computed_by, prepared.gpu, prepared.budget
         config = huggingface.patched_config(checkpoint, family, plan, dtype)
-        stage.begin({"pyfold": __version__, "options": options, "backend": backend, "sources": stamps})
+        stage.begin(known | {"options": options, "backend": backend})
         groups, source, result = _write_weights(prepared, stage, progress, timeline, ray, seen)
         for file in companions:
             shutil.copyfile(file, stage.folder / file.name)
@@ -245,7 +247,7 @@ def fold_checkpoint(
 @dataclass(frozen=True)
 class Prepared:
     """A fold before a weight is read: what, to what, in how much memory (on a GPU: at most, 0 without one), the options on
-    which its bytes depend, and, by function, the text: ``self``, or a file."""
+    which its bytes depend, and, by function, the text: ``self``, a file, or ``none``."""
 
     checkpoint: Checkpoint
     family: Family
@@ -266,7 +268,8 @@ class Prepared:
         """The backends on whose numbers the result depends."""
         if self.gpu is None:
             return self.backend
-        return f"{self.gpu.backend}+{self.backend}" if self.budget.clustered_on_host else self.gpu.backend
+        on_host = self.budget.clustered_on_host or self.options.get("repair") == "variance"
+        return f"{self.gpu.backend}+{self.backend}" if on_host else self.gpu.backend
 
 
 def prepare(
@@ -326,6 +329,8 @@ def prepare(
         )
     if noise and allocate == "auto":
         raise PyfoldError("allocate: auto measures on text what each group is worth; it needs calibration self, or a file")
+    if metric == "function" and str(calibration) not in ("self", "none") and not Path(calibration).is_file():
+        raise PyfoldError(f"{calibration}: cannot read the calibration text: there is no such file")
     if metric == "function" and device != "cpu":
         raise PyfoldError(f"metric: function is computed on the CPU, got device {device}")
     if device == "cpu" and gpu_memory is not None:
@@ -336,7 +341,7 @@ def prepare(
         make_plan,
         checkpoint,
         family.fold_groups(checkpoint),
-        family.attention(checkpoint) if heads_ratio else [],
+        family.attention(checkpoint) if heads_ratio or attention.differ(checkpoint.config) else [],
         heads_ratio=heads_ratio,
         ratio=ratio,
         width=width,
@@ -354,15 +359,15 @@ def prepare(
             f"allocate: {multiple_of or 1} units a group have {least:,} parameters, and there is room for {plan.room:,}"
         )
     if plan.heads and family.checks_heads and len(set(plan.kv_heads.values())) == 1:
-        attention, k = plan.heads[0]
-        heads, hidden = k * attention.n_queries, checkpoint.config["hidden_size"]
+        one, k = plan.heads[0]
+        heads, hidden = k * one.n_queries, checkpoint.config["hidden_size"]
         if hidden % heads:
             raise PyfoldError(
                 f"heads_ratio: {heads} query heads do not divide a hidden_size of {hidden}, which {family.class_prefix}Config "
                 "asks for where all layers have as many; choose another, or some of the layers"
             )
     if profile == "stock" and not plan.uniform:
-        raise PyfoldError("profile: stock is one width for all layers; fold all of them to one")
+        raise PyfoldError("profile: stock is one width, and one number of heads, for all layers; fold all of them alike")
     options: dict[str, Any] = {
         "ratio": None if ratio is None else float(ratio),
         "width": width,
@@ -385,6 +390,8 @@ def prepare(
     if repair == "variance":
         options |= {"repair": repair}
         in_layers = {group.name: variance_bytes(checkpoint, group) for group, _ in plan.groups}
+        if gpu:  # the sketch is made on the host
+            in_layers = {group.name: in_layers[group.name] + packed_bytes(group.width) for group, _ in plan.groups}
     if metric == "function":
         options |= {"metric": metric, "repair": repair}
         if noise:

@@ -162,8 +162,6 @@ def _heads(attention: list[Attention], chosen: set[int], ratio: float) -> tuple[
             )
         if one.layer in chosen and k < one.n_groups:
             folds.append((one, k))
-    if not folds:
-        return [], {}
     return folds, {one.layer: one.n_groups for one in attention} | {one.layer: k for one, k in folds}
 
 

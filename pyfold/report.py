@@ -32,11 +32,12 @@ class GroupReport:
     ward_inertia : float
         The same before refinement.
     total_inertia : float
-        Sum of squares of the features.
+        Sum of squares of the features. (Of heads these three are: how far those that go attend from where they are taken in,
+        in sum, twice; and how many there were.)
     n_moves : int
         Units that the refinement moved.
     n_singletons : int
-        Units that stayed alone, in the weight metric bit for bit.
+        Units that stayed alone; in the weight metric without repair bit for bit.
     output_error : float or None
         Of the function metric: the share of the output's energy that is lost, on tokens held out.
     ridge : float or None
@@ -179,9 +180,9 @@ def summary(report: FoldReport) -> str:
         f"written     {report.path}",
     ]
     if report.profile == "stock":
-        lines.append("profile     stock: all layers at one width, loads anywhere without custom code")
+        lines.append("profile     stock: all layers alike, loads anywhere without custom code")
     else:
-        lines.append("profile     per-layer: layers differ in width, loads with the modeling file in the folder")
+        lines.append("profile     per-layer: layers differ, loads with the modeling file in the folder")
     lines.append(f"load with   {how_to_load(report.path, report.profile)}")
     return "\n".join(lines)
 

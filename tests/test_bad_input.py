@@ -137,7 +137,7 @@ def per_layer_list(folder: Path) -> None:
 
 
 def per_layer_heads(folder: Path) -> None:
-    patch_json(folder / "config.json", per_layer_config={"0": {"num_key_value_heads": 2}})
+    patch_json(folder / "config.json", per_layer_config={"0": {"num_key_value_heads": 3}})
 
 
 def quantised_oddly(folder: Path) -> None:
@@ -192,7 +192,7 @@ BAD_SOURCES = [
     (trailing, ["model-0000", "5 bytes after the last tensor"]),
     (per_layer_nonsense, ["config.json", "per_layer_config"]),
     (per_layer_list, ["config.json", "per_layer_config", "[1]"]),
-    (per_layer_heads, ["config.json", "num_key_value_heads"]),
+    (per_layer_heads, ["config.json", "do not share 3 KV heads evenly"]),
     (quantised_oddly, ["config.json", "quantization_config", "'gptq'"]),
     (model_type_list, ["config.json", "model_type", "[1]"]),
     (auto_map_text, ["config.json", "auto_map", "'x'"]),

@@ -45,7 +45,7 @@ def test_fold_prints_what_it_did_and_how_to_load_it(source: Path, tmp_path: Path
     assert "per-layer" in done.stdout
     assert f'AutoModelForCausalLM.from_pretrained("{tmp_path / "dst"}", trust_remote_code=True)' in done.stdout
     uniform = run_cli("fold", source, tmp_path / "uniform", "--ratio", "0.25")
-    assert "stock: all layers at one width" in uniform.stdout
+    assert "stock: all layers alike" in uniform.stdout
     assert f'AutoModelForCausalLM.from_pretrained("{tmp_path / "uniform"}")' in uniform.stdout
 
 
@@ -124,7 +124,7 @@ def test_a_width_per_layer_needs_a_causal_model(source: Path, tmp_path: Path, ca
     patch_json(classifier / "config.json", architectures=["LlamaForSequenceClassification"])
     command = ["fold", str(classifier), str(tmp_path / "dst"), "--ratio", "0.25"]
     code = cli.main([*command, "--layers", "1"])
-    check_refused(code, capsys.readouterr().err, ["config.json", "LlamaForSequenceClassification", "one width"])
+    check_refused(code, capsys.readouterr().err, ["config.json", "LlamaForSequenceClassification", "alike"])
     assert not (tmp_path / "dst").exists()
     assert cli.main([*command, "--quiet"]) == 0
 

@@ -368,7 +368,7 @@ def test_what_cannot_be_done_is_said(source: Path, text: Path, tmp_path: Path, c
         (source, ["--allocate", "auto"], "it needs metric function"),
         (source, ["--metric", "function", "--seed", "-1"], "seed: expected 0 to"),
         (source, ["--allocate", "best"], "expected uniform or auto, got 'best'"),
-        (source, ["--profile", "stock", "--layers", "1"], "stock is one width for all layers"),
+        (source, ["--profile", "stock", "--layers", "1"], "stock is one width, and one number of heads, for all layers"),
     ):
         assert cli.main(["fold", str(of), str(dst), "--ratio", "0.25", *options]) == 2
         error = capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -297,3 +298,30 @@ def test_memory_of_heads_is_kept_to(text: Path, tmp_path: Path) -> None:
     done = run_cli("fold", source, tmp_path / "dst", *options, least + (8 << 20))  # what a process holds varies
     assert done.returncode == 0, done.stderr
     assert 0.6 * least < json.loads(done.stdout)["peak_rss_bytes"] <= least + (8 << 20)
+
+
+def test_a_result_with_heads_per_layer_is_folded_again(source: Path, text: Path, tmp_path: Path) -> None:
+    """By weights, and its heads once more: still per layer, and it says so; a checkpoint folded back to one number is stock."""
+    fold(source, tmp_path / "once", text, heads_ratio=0.33, layers="1")
+    report = fold_checkpoint(tmp_path / "once", tmp_path / "twice", ratio=0.25)
+    assert report.profile == "per-layer"
+    with pytest.raises(PyfoldError, match="profile: stock is one width, and one number of heads"):
+        fold_checkpoint(tmp_path / "once", tmp_path / "dst", ratio=0.25, profile="stock")
+    fold(tmp_path / "once", tmp_path / "again", text, heads_ratio=0.5, layers="1")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (6, 3)
+    assert config["per_layer_config"]["1"]["num_key_value_heads"] == 1
+    for folder in ("twice", "again"):
+        assert logits(load(tmp_path / folder, trust_remote_code=True), prompt()).isfinite().all()
+
+
+def test_dead_heads_fold(source: Path, text: Path, tmp_path: Path) -> None:
+    """Two of three KV heads say nothing."""
+    folder = tmp_path / "dead"
+    shutil.copytree(source, folder)
+    model = load(folder)
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight.data[8:] = 0
+    model.save_pretrained(folder)
+    fold(folder, tmp_path / "dst", text, heads_ratio=0.33)
+    assert logits(load(tmp_path / "dst"), prompt()).isfinite().all()

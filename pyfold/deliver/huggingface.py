@@ -51,6 +51,11 @@ _MERGES = {
         "Feed-forward units are clustered on their weights (Ward, then Hartigan's refinement); each cluster's gate and up rows "
         "are averaged and its down columns summed.",
     ),
+    "variance": (
+        "mean rows, summed columns, scaled to the output's variance",
+        "Feed-forward units are clustered on their weights (Ward, then Hartigan's refinement); each cluster's gate and up rows "
+        "are averaged and its down columns summed, all of these scaled so that the output keeps its variance on noise.",
+    ),
     "function": (
         "strongest member's rows, columns regressed on it",
         "Feed-forward units are clustered on what they contribute on the calibration tokens (Ward, then Hartigan's "
@@ -72,7 +77,7 @@ _HEADS = (
 def _merge(options: dict[str, Any]) -> tuple[str, str]:
     """The merge rule that options ask for."""
     if options.get("metric") != "function":
-        return _MERGES["weight"]
+        return _MERGES[options.get("repair", "weight")]
     rule, text = _MERGES["ridge" if options["repair"] == "ridge" else "function"]
     return rule, text.replace("the calibration tokens", "Gaussian noise") if options["calibration"] == "none" else text
 
@@ -110,15 +115,14 @@ def patched_config(checkpoint: Checkpoint, family: Family, plan: Plan, dtype: st
     overrides = {int(layer): dict(values) for layer, values in (config.pop("per_layer_config", None) or {}).items()}
     if plan.heads:
         attention = plan.heads[0][0]
-        config = config | {KV_HEADS: attention.n_groups, "head_dim": attention.head_dim}
+        config |= {KV_HEADS: config.get(KV_HEADS) or config[QUERY_HEADS], "head_dim": attention.head_dim}
     for key, of_layers in _settings(plan).items():
         if len(set(of_layers.values())) == 1:
             config[key] = of_layers[0]
         for layer, value in of_layers.items():
             overrides.setdefault(layer, {})[key] = value
-            if value == config[key]:
-                del overrides[layer][key]
-    overrides = {layer: values for layer, values in sorted(overrides.items()) if values}
+    overrides = {layer: {k: v for k, v in values.items() if v != config.get(k)} for layer, values in sorted(overrides.items())}
+    overrides = {layer: values for layer, values in overrides.items() if values}
     own = f"Folded{family.class_prefix}"
     config.pop(_READS_GLOBAL, None)
     if family.checks_heads and any(QUERY_HEADS in values for values in overrides.values()):
@@ -127,8 +131,8 @@ def patched_config(checkpoint: Checkpoint, family: Family, plan: Plan, dtype: st
         named = [name for name in config.get("architectures") or [] if not str(name).endswith("ForCausalLM")]
         if named:
             raise PyfoldError(
-                f"{checkpoint.path / 'config.json'}: a width per layer needs a ...ForCausalLM checkpoint, not {named[0]}; "
-                "fold all layers to one width"
+                f"{checkpoint.path / 'config.json'}: layers that differ need a ...ForCausalLM checkpoint, not {named[0]}; "
+                "fold all layers alike"
             )
         config["per_layer_config"] = {str(layer): values for layer, values in overrides.items()}
         config["architectures"] = [f"{own}ForCausalLM"]
@@ -146,7 +150,7 @@ def patched_config(checkpoint: Checkpoint, family: Family, plan: Plan, dtype: st
 def _settings(plan: Plan) -> dict[str, dict[int, int]]:
     """What the plan says of every layer, by key of config.json."""
     found = {plan.groups[0][0].width_key: plan.widths}
-    for layer, n_groups in plan.kv_heads.items():
+    for layer, n_groups in plan.kv_heads.items() if plan.heads else ():
         for key, value in plan.heads[0][0].config(n_groups).items():
             found.setdefault(key, {})[layer] = value
     return found

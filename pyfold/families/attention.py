@@ -7,6 +7,7 @@ follow one another.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 QUERY_HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"  # of config.json
 
@@ -58,3 +59,8 @@ class Attention:
     def producers(self) -> tuple[tuple[str, str | None], ...]:
         """Weight and bias of queries, keys and values."""
         return (self.query, self.query_bias), (self.key, self.key_bias), (self.value, self.value_bias)
+
+
+def differ(config: dict[str, Any]) -> bool:
+    """Whether config.json says heads of single layers."""
+    return any(not {QUERY_HEADS, KV_HEADS}.isdisjoint(values) for values in config.get("per_layer_config", {}).values())

@@ -121,6 +121,14 @@ class Destination:
             raise
         return self
 
+    def check(self, known: Entry) -> None:
+        """Refuse an unfinished run that differs in what is ``known`` already of this one's identity and options; errors as of
+        :meth:`begin`."""
+        found = self.journal.identity
+        if self.journal.done and found:
+            known = json.loads(json.dumps(known))
+            self._go_on(found | known | {"options": found.get("options", {}) | known["options"]})
+
     def begin(self, identity: Entry) -> None:
         """Go on with the unfinished run of this identity, or start one.
 
@@ -138,16 +146,20 @@ class Destination:
         if not self.journal.done:
             self._clear()
             self.journal = Journal(self.partial / JOURNAL)
-        elif self.journal.identity != identity:
-            raise PyfoldError(
-                f"{self._given}: an unfinished run with {_difference(self.journal.identity or {}, identity)}; "
-                f"repeat its command to complete it, or remove {self.partial}"
-            )
+        else:
+            self._go_on(identity)
         self._begun = True
         self.folder.mkdir(exist_ok=True)
         self.journal.begin(identity)
         sync_folder(self.partial)
         sync_folder(self.partial.parent)
+
+    def _go_on(self, identity: Entry) -> None:
+        if self.journal.identity != identity:
+            raise PyfoldError(
+                f"{self._given}: an unfinished run with {_difference(self.journal.identity or {}, identity)}; "
+                f"repeat its command to complete it, or remove {self.partial}"
+            )
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         self.journal.close()
