@@ -200,14 +200,13 @@ def fold_checkpoint(
     n_bytes = prepared.plan.nbytes + prepared.budget.spilled
     with Trace(trace) as timeline, Destination(Path(dst), sources, overwrite=overwrite, n_bytes=n_bytes) as stage:
         seen = None
-        known = {"pyfold": __version__, "backend": prepared.computed_by, "sources": stamps}
-        stage.check(known | {"options": prepared.options})
+        stage.check(_identity(prepared, stamps))
         if prepared.text not in (None, "none"):
             seen, prepared = _see(prepared, str(calibration), Path(dst).absolute(), stamps, seed, progress)
         plan, options = prepared.plan, prepared.options
         backend, gpu, budget = prepared.computed_by, prepared.gpu, prepared.budget
         config = huggingface.patched_config(checkpoint, family, plan, dtype)
-        stage.begin(known | {"options": options, "backend": backend})
+        stage.begin(_identity(prepared, stamps))
         groups, source, result = _write_weights(prepared, stage, progress, timeline, ray, seen)
         for file in companions:
             shutil.copyfile(file, stage.folder / file.name)
@@ -515,6 +514,11 @@ def _by_function(prepared: Prepared, output: Output, seen: function_plan.Seen | 
     if seen is None:
         return ByFunction(Noise(prepared.checkpoint, options["seed"], dtype), None, ridge)
     return ByFunction(Activations(prepared.checkpoint, seen.text.tokens, place, dtype), seen.information, ridge)
+
+
+def _identity(prepared: Prepared, stamps: dict[str, list[int]]) -> dict[str, Any]:
+    """JSON values on which the bytes of the result depend."""
+    return {"pyfold": __version__, "options": prepared.options, "backend": prepared.computed_by, "sources": stamps}
 
 
 def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:

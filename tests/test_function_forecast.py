@@ -100,7 +100,9 @@ def test_llama_7b_fits_in_4_gib(backend: str, tmp_path: Path, monkeypatch: pytes
     assert writing.bytes_read == writing.waves * (LENGTH - 1) * in_layers + prepared.checkpoint.nbytes - in_layers
     assert "give a text with --calibration FILE" in found.beyond(600)[0]
     assert found.beyond(2 * writing.seconds) == []
-    read = forecast(prepare(source, ratio=0.2, host_memory="4GiB", calibration="text", **OPTIONS | {"backend": backend}))
+    text = tmp_path / "text"
+    text.touch()
+    read = forecast(prepare(source, ratio=0.2, host_memory="4GiB", calibration=text, **OPTIONS | {"backend": backend}))
     assert names(read) == ["gradients", "folding"]
     assert read.beyond(1) == []
     wide = forecast(prepare(source, ratio=0.2, host_memory="64GiB", **OPTIONS | {"backend": backend})).phases[0]
