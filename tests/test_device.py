@@ -303,7 +303,7 @@ def test_seconds_where_the_host_only_reads_and_writes(tmp_path: Path, monkeypatc
     EmulatedGpu("down", monkeypatch)
     plan = prepared(source, None)
     fast = 1e15
-    even = Rates(gram={"F32": fast}, clustering=0, hash=1e3, read=1e3, write=fast, up=fast, down=fast)
+    even = Rates(gram={"F32": fast}, products={}, clustering=0, hash=1e3, read=1e3, write=fast, up=fast, down=fast)
     for rates, seconds, limited_by in (
         (even, 2 * plan.checkpoint.nbytes / 1e3, "reading and hashing"),
         (replace(even, read=fast, write=1e3), 2 * plan.plan.nbytes / 1e3, "hashing and writing"),
