@@ -7,6 +7,7 @@ ride along), the columns of down_proj consume them. x comes from an RMSNorm. Of 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,11 +75,11 @@ class DecoderFamily:
         return found
 
 
-def _layer_configs(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """What config.json says of every layer."""
+def _layer_configs(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+    """What config.json says of every layer, one at a time: it may say that there are any number."""
     path = checkpoint.path / "config.json"
     n_layers = _positive(checkpoint.config, "num_hidden_layers", path)
-    configs = [checkpoint.config] * n_layers
+    overrides = {}
     for layer, values in checkpoint.config.get("per_layer_config", {}).items():
         if (
             not re.fullmatch("0|[1-9][0-9]{0,8}", layer)
@@ -90,8 +91,9 @@ def _layer_configs(checkpoint: Checkpoint) -> list[dict[str, Any]]:
                 f"{path}: per_layer_config may say {_WIDTH}, {QUERY_HEADS} and {KV_HEADS} of a layer, got {layer!r}: "
                 f"{values!r:.60}"
             )
-        configs[int(layer)] = {**checkpoint.config, **values}
-    return configs
+        overrides[int(layer)] = values
+    for i in range(n_layers):
+        yield {**checkpoint.config, **overrides.get(i, {})}
 
 
 def _positive(config: dict[str, Any], key: str, path: object) -> int:
