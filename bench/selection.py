@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfold import cli, jobs
+from pyfold import cli, function_fold
 from pyfold.clustering import Clustering
 from pyfold.function_metric import Folded, Moments, compensate
 
@@ -63,5 +63,5 @@ def flap(model: Any, tokens: Tensor, widths: Mapping[int, int], batch: int = 8) 
 
 
 if __name__ == "__main__":
-    jobs.fold_units = by_energy
+    function_fold.fold_units = by_energy
     raise SystemExit(cli.main(["fold", *sys.argv[1:]]))

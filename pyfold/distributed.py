@@ -30,8 +30,9 @@ from pyfold.errors import PyfoldError
 from pyfold.io.destination import run_of
 from pyfold.io.journal import Entry
 from pyfold.io.output import Output
-from pyfold.jobs import Advance, Finished, Job
+from pyfold.jobs import Finished, Job
 from pyfold.plan import Plan
+from pyfold.stages import Advance
 from pyfold.trace import Trace
 
 WORKER = 24 << 20  # bytes that a worker holds beside what its driver holds once Ray is imported (measured: 17 to 24 MiB)

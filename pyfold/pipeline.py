@@ -28,11 +28,12 @@ from pyfold.errors import PyfoldError
 from pyfold.families import Family, attention, family_of
 from pyfold.families.activations import Activations, decoder
 from pyfold.families.noise import Noise
+from pyfold.function_fold import ByFunction
 from pyfold.io.checkpoint import INDEX, Checkpoint, open_checkpoint
 from pyfold.io.destination import Destination
 from pyfold.io.output import Output
 from pyfold.io.safetensors import TensorInfo
-from pyfold.jobs import ByFunction, Finished, make_jobs, run_jobs
+from pyfold.jobs import Finished, make_jobs, run_jobs
 from pyfold.plan import Plan, least_parameters, make_plan, parse_size
 from pyfold.progress import Progress
 from pyfold.report import FoldReport, GpuReport, GroupReport, peak_rss_bytes, rss_bytes

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pyfold.clustering import Clustering
     from pyfold.compare import Measured
+    from pyfold.families import FoldGroup
     from pyfold.forecast import Forecast
     from pyfold.function_forecast import Phase
 
@@ -58,6 +60,22 @@ class GroupReport:
     output_error: float | None = None
     ridge: float | None = None
     output_variance: float | None = None
+
+    @staticmethod
+    def of(group: FoldGroup, clusters: Clustering, **seen: float | None) -> GroupReport:
+        """``seen``: what is known beside clusters."""
+        return GroupReport(
+            name=group.name,
+            layer=group.layer,
+            width=group.width,
+            folded_width=clusters.n_clusters,
+            inertia=clusters.inertia,
+            ward_inertia=clusters.ward_inertia,
+            total_inertia=clusters.total_inertia,
+            n_moves=clusters.n_moves,
+            n_singletons=int((clusters.labels.bincount() == 1).sum()),
+            **seen,
+        )
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,19 @@ from typing import Any
 import pytest
 import torch
 
+from pyfold.function_fold import HeadsFold, UnitsFold
 from pyfold.io.checkpoint import INDEX
 from pyfold.ops import cpu
+from pyfold.report import GroupReport
+from pyfold.weight_fold import WeightFold
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / ".cache" / "smollm2"
 UP = "model.layers.1.mlp.up_proj.weight"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 BACKENDS = [f"cpu:{level}" for level in cpu.simd_levels()]
+
+Fold = WeightFold | UnitsFold | HeadsFold
 
 if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter, which must be known before triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
@@ -85,6 +90,24 @@ def tiny_model(family: str, *, n_layers: int = 3, width: int = 48, seed: int = 0
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (1.0 if parameter.dim() == 1 else 0.0))
     return model
+
+
+def stop_before(kind: type[Fold], n: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ctrl-C in the place of the n-th fold of a kind, once; what came before is on the disk. Gives the names of all that
+    begin."""
+    whole, begun = kind.run, list[str]()
+
+    def run(fold: Fold) -> GroupReport:
+        part = fold.attention if isinstance(fold, HeadsFold) else fold.group
+        begun.append(part.name)
+        if len(begun) == n + 1:
+            raise KeyboardInterrupt
+        report = whole(fold)
+        fold.stages.behind.wait(0)
+        return report
+
+    monkeypatch.setattr(kind, "run", run)
+    return begun
 
 
 def tiny_checkpoint(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> Path:

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, load, logits, run_cli, tiny_checkpoint, tree, with_tokenizer
+from conftest import FAMILIES, load, logits, run_cli, stop_before, tiny_checkpoint, tree, with_tokenizer
 
-from pyfold import cli, fold_checkpoint, function_metric, jobs
+from pyfold import cli, fold_checkpoint, function_metric
 from pyfold.calibration import CACHE
 from pyfold.errors import PyfoldError
 from pyfold.families import family_of
 from pyfold.families.activations import Activations, information
 from pyfold.families.writing import Writer
+from pyfold.function_fold import UnitsFold
 from pyfold.function_metric import Moments, fold_units, moments
 from pyfold.io.checkpoint import open_checkpoint
 from pyfold.io.destination import Destination
@@ -280,27 +281,15 @@ def test_widths_are_found_within_the_budget(source: Path, text: Path, tmp_path: 
 
 def test_it_goes_on_where_it_was_stopped(source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(source, tmp_path / "expected", ratio=0.25, calibration=text)
-    whole, done = jobs._FunctionFold.run, []
-
-    def stopped(fold: Any) -> Any:
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(fold.group.name)
-        report = whole(fold)
-        fold.stages.behind.wait(0)
-        return report
-
-    monkeypatch.setattr(jobs._FunctionFold, "run", stopped)
+    begun = stop_before(UnitsFold, 2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "dst", ratio=0.25, calibration=text)
     with pytest.raises(PyfoldError, match="cannot read the calibration text"):
         run(source, tmp_path / "dst", ratio=0.25, calibration=tmp_path / "none")
     with pytest.raises(PyfoldError, match=r"an unfinished run with ratio 0.25 instead of 0.5"):
         run(source, tmp_path / "dst", ratio=0.5, calibration=text)
-    again: list[str] = []
-    monkeypatch.setattr(jobs._FunctionFold, "run", lambda fold: (again.append(fold.group.name), whole(fold))[1])
     assert run(source, tmp_path / "dst", ratio=0.25, calibration=text) == expected
-    assert 0 < len(again) < 3
+    assert 3 < len(begun) < 6, "what was on the disk is not folded again"
 
 
 def test_a_destination_is_refused_before_a_token_is_written(

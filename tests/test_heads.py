@@ -13,15 +13,28 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, load, logits, prompt, run_cli, tensors_of, tiny_checkpoint, tiny_model, tree, with_tokenizer
+from conftest import (
+    FAMILIES,
+    load,
+    logits,
+    prompt,
+    run_cli,
+    stop_before,
+    tensors_of,
+    tiny_checkpoint,
+    tiny_model,
+    tree,
+    with_tokenizer,
+)
 from transformers import PreTrainedTokenizerFast
 
-from pyfold import evaluate, fold_checkpoint, jobs
+from pyfold import evaluate, fold_checkpoint
 from pyfold.errors import PyfoldError
 from pyfold.families import FAMILIES as KNOWN
 from pyfold.families.activations import Activations, put
 from pyfold.families.attention import Attention
 from pyfold.families.kv_groups import Freedom, KVGroup, Symmetry, freedom_of, groups_of, pairs, weights_of
+from pyfold.function_fold import HeadsFold
 from pyfold.head_folding import FoldedHeads, fold_heads
 from pyfold.heads import alignment, assignment, balanced
 from pyfold.io.checkpoint import open_checkpoint
@@ -248,24 +261,12 @@ def test_a_fold_of_heads_goes_on_where_it_was_stopped(
     """Behind the heads of layer 1, whose feed-forward network is still to come."""
     options = {"heads_ratio": 0.33}
     fold(source, tmp_path / "expected", text, **options)
-    whole, done = jobs._HeadsFold.run, []
-
-    def stopped(fold: Any) -> Any:
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(fold.attention.name)
-        report = whole(fold)
-        fold.stages.behind.wait(0)
-        return report
-
-    monkeypatch.setattr(jobs._HeadsFold, "run", stopped)
+    begun = stop_before(HeadsFold, 2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         fold(source, tmp_path / "dst", text, **options)
-    again: list[str] = []
-    monkeypatch.setattr(jobs._HeadsFold, "run", lambda fold: (again.append(fold.attention.name), whole(fold))[1])
     fold(source, tmp_path / "dst", text, **options)
     assert tree(tmp_path / "dst") == tree(tmp_path / "expected")
-    assert again == ["layers.2.attn"]
+    assert begun == [f"layers.{layer}.attn" for layer in (0, 1, 2, 2)]
 
 
 def test_what_cannot_be_done_with_heads_is_said(source: Path, text: Path, tmp_path: Path) -> None:

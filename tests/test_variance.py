@@ -8,15 +8,28 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, check_refused, load, patch_json, run_cli, tensors_of, tiny_checkpoint, tree, write_synthetic
+from conftest import (
+    FAMILIES,
+    check_refused,
+    load,
+    patch_json,
+    run_cli,
+    stop_before,
+    tensors_of,
+    tiny_checkpoint,
+    tree,
+    write_synthetic,
+)
 from emulated_gpu import EmulatedGpu
 from test_budget import OPTIONS, least
 
-from pyfold import fold_checkpoint, jobs
+from pyfold import fold_checkpoint
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
+from pyfold.function_fold import UnitsFold
 from pyfold.pipeline import prepare
 from pyfold.variance import Sketch
+from pyfold.weight_fold import WeightFold
 
 GROUP = FoldGroup("mlp", 0, 0, "intermediate_size", ("gate.weight", "up.weight"), ("down",), ("up.bias",), "gain", "silu")
 
@@ -139,8 +152,8 @@ def test_bad_input(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fold", "options"),
     [
-        (jobs._Fold, {"repair": "variance"}),
-        (jobs._FunctionFold, {"metric": "function", "calibration": "none"}),
+        (WeightFold, {"repair": "variance"}),
+        (UnitsFold, {"metric": "function", "calibration": "none"}),
     ],
     ids=["variance", "noise"],
 )
@@ -149,21 +162,9 @@ def test_it_goes_on_where_it_was_stopped(
 ) -> None:
     source = tiny_checkpoint(tmp_path / "src")
     fold_checkpoint(source, tmp_path / "expected", ratio=0.25, **options)
-    whole, done = fold.run, []
-
-    def stopped(one: Any) -> Any:
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(one.group.name)
-        report = whole(one)
-        one.stages.behind.wait(0)
-        return report
-
-    monkeypatch.setattr(fold, "run", stopped)
+    begun = stop_before(fold, 2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         fold_checkpoint(source, tmp_path / "dst", ratio=0.25, **options)
-    again: list[str] = []
-    monkeypatch.setattr(fold, "run", lambda one: (again.append(one.group.name), whole(one))[1])
     fold_checkpoint(source, tmp_path / "dst", ratio=0.25, **options)
     assert tree(tmp_path / "dst") == tree(tmp_path / "expected")
-    assert 0 < len(again) < 3
+    assert 3 < len(begun) < 6, "what was on the disk is not folded again"
