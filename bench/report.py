@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyfold
 from pyfold import ops
 
 Row = dict[str, str | float | None]
+PEERS = ("scipy", "scikit-learn", "faiss-cpu", "fastkmeans", "superkmeans")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -35,8 +36,16 @@ def machine() -> dict[str, str | int]:
         "pyfold": f"{pyfold.__version__} {ops.resolve('auto')}",
         "torch": f"{torch.__version__} {'MKL' if torch.backends.mkl.is_available() else 'without MKL'}",
         "numpy": f"{np.__version__} {numpy_blas}",
-        **{peer: version(peer) for peer in ("scipy", "scikit-learn", "faiss-cpu", "fastkmeans", "superkmeans")},
+        **{peer: found for peer in PEERS for found in [_version(peer)] if found},
     }
+
+
+def _version(peer: str) -> str | None:
+    """None where it is not installed: most benchmarks do without."""
+    try:
+        return version(peer)
+    except PackageNotFoundError:
+        return None
 
 
 def table(rows: list[Row]) -> list[str]:

@@ -18,6 +18,24 @@ from pyfold.errors import PyfoldError
 if TYPE_CHECKING:
     from pyfold.progress import Progress
 
+# Options of a fold that its plan has too, beside those that say how much goes.
+_PLANNED = (
+    "heads_ratio",
+    "allocate",
+    "profile",
+    "layers",
+    "multiple_of",
+    "dtype",
+    "host_memory",
+    "device",
+    "gpu_memory",
+    "backend",
+    "metric",
+    "calibration",
+    "repair",
+    "seed",
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
@@ -71,6 +89,11 @@ def _widths(args: argparse.Namespace) -> dict[str, Any]:
     return given | {"ratio": args.ratio if all(value is None for value in given.values()) else None}
 
 
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """What a fold and its plan have in common."""
+    return _widths(args) | {name: getattr(args, name) for name in _PLANNED}
+
+
 def _fold(args: argparse.Namespace) -> None:
     from pyfold.budget import return_memory_at_once
     from pyfold.pipeline import fold_checkpoint
@@ -81,23 +104,9 @@ def _fold(args: argparse.Namespace) -> None:
         report = fold_checkpoint(
             args.source,
             args.destination,
-            **_widths(args),
-            heads_ratio=args.heads_ratio,
-            allocate=args.allocate,
-            profile=args.profile,
-            layers=args.layers,
-            multiple_of=args.multiple_of,
-            dtype=args.dtype,
+            **_options(args),
             max_shard_size=args.max_shard_size,
             overwrite=args.overwrite,
-            host_memory=args.host_memory,
-            device=args.device,
-            gpu_memory=args.gpu_memory,
-            backend=args.backend,
-            metric=args.metric,
-            calibration=args.calibration,
-            repair=args.repair,
-            seed=args.seed,
             trace=args.trace,
             ray=args.ray,
             progress=progress,
@@ -183,23 +192,7 @@ def _plan(args: argparse.Namespace) -> None:
 
     return_memory_at_once()
     max_seconds = float("inf") if args.max_time is None else parse_time(args.max_time, "max_time")
-    prepared = prepare(
-        args.source,
-        **_widths(args),
-        layers=args.layers,
-        multiple_of=args.multiple_of,
-        dtype=args.dtype,
-        max_shard_size="5GB",
-        host_memory=args.host_memory,
-        device=args.device,
-        gpu_memory=args.gpu_memory,
-        backend=args.backend,
-        metric=args.metric,
-        calibration=args.calibration,
-        repair=args.repair,
-        allocate=args.allocate,
-        profile=args.profile,
-    )
+    prepared = prepare(args.source, **_options(args), max_shard_size="5GB")
     found = forecast(prepared, Path(args.destination) if args.destination else None)
     notes = prepared.plan.notes + found.beyond(max_seconds)
     if args.json:
@@ -300,45 +293,7 @@ def _parser() -> argparse.ArgumentParser:
     fold.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights, as in 5GB (default)")
     fold.add_argument("--overwrite", action="store_true", help="replace the checkpoint at DST once the new one is complete")
     _run_options(fold)
-    fold.add_argument(
-        "--metric",
-        default="weight",
-        help="weight (default): units are alike if their weights are; function: if what they say on some tokens is, and "
-        "consumers make up for what is lost",
-    )
-    fold.add_argument(
-        "--calibration",
-        default="self",
-        metavar="FILE",
-        help="of the function metric: self (default), text that the model writes itself, a file of text, or none, Gaussian "
-        "noise through the norm before the units; the weight metric has none",
-    )
-    fold.add_argument(
-        "--repair",
-        help="of the function metric: ridge (default) or none; of the weight metric: none (default) or variance, which scales "
-        "the consumer so that its output's variance stays",
-    )
-    fold.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the text that the model writes, or of the noise (default 0)"
-    )
-    fold.add_argument(
-        "--heads-ratio",
-        type=float,
-        default=0,
-        metavar="R",
-        help="share of the KV heads of each layer to fold too, with their query heads: floor((1 - R) n) stay (metric function)",
-    )
-    fold.add_argument(
-        "--allocate",
-        default="uniform",
-        help="uniform (default): the same share of every group; auto: what has to go goes where it does the least harm, by the "
-        "KL divergence that is measured with each group folded alone (metric function)",
-    )
-    fold.add_argument(
-        "--profile",
-        default="per-layer",
-        help="per-layer (default): widths may differ; stock: one width for all layers, which loads without custom code",
-    )
+    _metric_options(fold)
     fold.add_argument(
         "--ray",
         nargs="?",
@@ -366,11 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("destination", metavar="DST", nargs="?", help="folder that the fold would write")
     _width_options(plan, required=False)
     _run_options(plan)
-    plan.add_argument("--metric", default="weight", help="as of fold; by function, phase by phase (default weight)")
-    plan.add_argument("--calibration", default="self", metavar="FILE", help="as of fold (default self)")
-    plan.add_argument("--repair", help="as of fold")
-    plan.add_argument("--allocate", default="uniform", help="as of fold (default uniform)")
-    plan.add_argument("--profile", default="per-layer", help="as of fold (default per-layer)")
+    _metric_options(plan)
     plan.add_argument(
         "--max-time",
         metavar="TIME",
@@ -454,6 +405,48 @@ def _width_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
     width.add_argument("--target-bytes", metavar="SIZE", help="bytes that its weights may take at most, as in 220MB")
     parser.add_argument("--layers", metavar="LIST", help="layers to fold, as in 5-27 or 0,2,5-9 (default: all)")
     parser.add_argument("--multiple-of", type=int, metavar="M", help="round each width to the nearest multiple of M")
+
+
+def _metric_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--metric",
+        default="weight",
+        help="weight (default): units are alike if their weights are; function: if what they say on some tokens is, and "
+        "consumers make up for what is lost",
+    )
+    parser.add_argument(
+        "--calibration",
+        default="self",
+        metavar="FILE",
+        help="of the function metric: self (default), text that the model writes itself, a file of text, or none, Gaussian "
+        "noise through the norm before the units; the weight metric has none",
+    )
+    parser.add_argument(
+        "--repair",
+        help="of the function metric: ridge (default) or none; of the weight metric: none (default) or variance, which scales "
+        "the consumer so that its output's variance stays",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the text that the model writes, or of the noise (default 0)"
+    )
+    parser.add_argument(
+        "--heads-ratio",
+        type=float,
+        default=0,
+        metavar="R",
+        help="share of the KV heads of each layer to fold too, with their query heads: floor((1 - R) n) stay (metric function)",
+    )
+    parser.add_argument(
+        "--allocate",
+        default="uniform",
+        help="uniform (default): the same share of every group; auto: what has to go goes where it does the least harm, by the "
+        "KL divergence that is measured with each group folded alone (metric function)",
+    )
+    parser.add_argument(
+        "--profile",
+        default="per-layer",
+        help="per-layer (default): widths may differ; stock: one width for all layers, which loads without custom code",
+    )
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:

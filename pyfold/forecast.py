@@ -155,7 +155,11 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
         rates = probe(prepared, dtypes, products, where if destination else None)
     pace = None if prepared.text is None else Pace(prepared, rates)
     phases = pace.before() if pace else []
-    groups, up, down, merged = [], 0, 0, 0
+    folds, up, down, merged = {}, 0, 0, 0
+    for attention, k in plan.heads:
+        assert pace, "heads are folded by function"
+        name, n = attention.name, attention.n_groups
+        folds[name] = GroupForecast(name, n, k, None, None, *pace.folding_heads(attention, k))
     for group, k in plan.groups:
         members = [checkpoint.tensors[name] for name in group.tensors]
         n, cut = group.width, budget.groups[group.name]
@@ -174,11 +178,13 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
         seconds += rates.clustering * _clustering(n, k) + moved / _MEMORY
         seconds += _SPILLED * 4 * n * n * (cut.strip is not None)
         rows = None if cut.strip is None else strips[0][1]
-        groups.append(GroupForecast(group.name, n, k, cut.features, rows, cut.nbytes, flops, seconds))
+        folds[group.name] = GroupForecast(group.name, n, k, cut.features, rows, cut.nbytes, flops, seconds)
+    groups = [folds[name] for name in plan.folds]
     reads = [read for job in make_jobs(checkpoint, plan) for read in reads_of(job, budget)]
     bytes_read = sum(read.info.nbytes if read.rows is None else read.nbytes for read in reads)
     hashed = sum(read.info.nbytes if read.rows is None else read.nbytes if read.digest else 0 for read in reads)
     folded = {name for group, _ in plan.groups for name in group.tensors}
+    folded |= {name for attention, _ in plan.heads for name in attention.names}
     changed = [tensor for name, tensor in plan.tensors.items() if name in folded or tensor[0] != checkpoint.tensors[name].dtype]
     written = sum(prod(shape) * ITEM_SIZE[dtype] for dtype, shape in changed)  # what is hashed as it is written
     others = sum(info.nbytes for name, info in checkpoint.tensors.items() if name not in folded)

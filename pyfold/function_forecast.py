@@ -13,6 +13,7 @@ from pyfold import calibration, function_budget, ops
 from pyfold.calibration import LENGTH, SEQUENCES
 from pyfold.families import FoldGroup
 from pyfold.families.activations import head_of, kept_at_once, layer_parameters, layer_tensors
+from pyfold.families.attention import Attention
 from pyfold.families.noise import noise_inputs
 from pyfold.families.writing import dtype_of, writing_bytes
 from pyfold.function_budget import INFORMING, SURVEYING
@@ -154,6 +155,19 @@ class Pace:
         seconds += feeding / self._rates.products[dtype_name(self._dtype)] + self._rates.clustering * tokens * k * _UNIT
         return flops + 2 * tokens * self._layers[group.layer] + feeding, seconds + self._passing(group.layer, tokens)
 
+    def folding_heads(self, attention: Attention, k: int) -> tuple[int, float, float]:
+        """Bytes, FLOP and seconds of a layer's KV groups: tokens go to its heads, then moments of what these read and say are
+        taken, groups chosen, o_proj regressed."""
+        rates, hidden, tokens = self._rates, self._hidden, SEQUENCES * LENGTH
+        units, left = (n * attention.n_queries * attention.head_dim for n in (attention.n_groups, k))
+        saying = 2 * 2 * tokens * (self._attention[attention.layer] - units * hidden)
+        moments = float(tokens) * (hidden * hidden + units * units)
+        regression = self._regression(units, left) + 2 * units**3
+        seconds = saying / rates.products[dtype_name(self._dtype)] + moments / rates.gram[dtype_name(self._dtype)]
+        seconds += regression / rates.products["F32"] + 2 * rates.clustering * tokens * hidden * _HIDDEN
+        nbytes = function_budget.folding_heads(self._checkpoint, [(attention, k)])
+        return nbytes, saying + moments + regression, seconds
+
     def passed_by(self) -> tuple[float, int]:
         """Seconds of tokens through layers that are not folded, before one that is; bytes read beside the groups."""
         if self._noise:
@@ -171,12 +185,14 @@ class Pace:
         """Moments, Gram matrix, regression."""
         n, hidden, rates = group.width, self._hidden, self._rates
         moments, gram = float(tokens) * n * n, float(hidden) * n * n
-        regression = 0.0
-        if self._prepared.options["repair"] == "ridge":
-            fits = len(LAMBDAS) + 1
-            regression = fits * (k**3 / 3 + 2 * hidden * k * k + 2 * hidden * n * n) + 2 * 2 * hidden * n * k
+        regression = self._regression(n, k) if self._prepared.options["repair"] == "ridge" else 0.0
         seconds = moments / rates.gram[dtype_name(self._dtype)] + gram / rates.gram["F32"] + regression / rates.products["F32"]
         return moments + gram + regression, seconds
+
+    def _regression(self, n: int, k: int) -> float:
+        """FLOP of a consumer of N units, regressed on K of them."""
+        fits = len(LAMBDAS) + 1
+        return fits * (k**3 / 3 + 2 * self._hidden * (k * k + n * n)) + 2 * 2 * self._hidden * n * k
 
     def _passing(self, layer: int, tokens: int, products: float = 1, touched: float = 1) -> float:
         """Seconds of tokens through a layer as it is, with so many times the products, and what lies between."""

@@ -135,10 +135,12 @@ def test_a_plan_refuses_what_the_fold_does(source: Path, text: Path, tmp_path: P
     fold_checkpoint(source, tmp_path / "dst", metric="function", **given)
 
 
-@pytest.mark.parametrize("allocate", ["uniform", "auto"])
-def test_a_plan_says_what_the_fold_takes(text: Path, tmp_path: Path, allocate: str) -> None:
+@pytest.mark.parametrize(
+    ("given", "surveyed"), [([], []), (["--allocate", "auto"], ["survey"]), (["--heads-ratio", "0.5"], [])]
+)
+def test_a_plan_says_what_the_fold_takes(text: Path, tmp_path: Path, given: list[str], surveyed: list[str]) -> None:
     source = with_tokenizer(tiny_checkpoint(tmp_path / "src", width=1500, hidden_size=512))
-    options = ["--ratio", "0.2", "--json", "--metric", "function", "--calibration", text, "--allocate", allocate]
+    options = ["--ratio", "0.2", "--json", "--metric", "function", "--calibration", text, *given]
     plan = run_cli("plan", source, tmp_path / "dst", *options)
     assert plan.returncode == 0, plan.stderr
     planned = json.loads(plan.stdout)
@@ -147,7 +149,7 @@ def test_a_plan_says_what_the_fold_takes(text: Path, tmp_path: Path, allocate: s
     took = json.loads(fold.stdout)
     print(f"peak {took['peak_rss_bytes'] / MIB:.0f} MiB of {planned['peak'] / MIB:.0f} planned, beside "
           f"{planned['process'] / MIB:.0f}; seconds {took['seconds']:.2f} of {planned['seconds']:.2f}")  # fmt: skip
-    surveyed = ["survey"] if allocate == "auto" else []
+    assert [group["name"] for group in planned["groups"]] == [group["name"] for group in took["groups"]]
     assert [phase["name"] for phase in planned["phases"]] == ["gradients", *surveyed, "folding"]
     assert 0.85 * planned["peak"] <= took["peak_rss_bytes"] <= 1.02 * planned["peak"]
 
@@ -163,11 +165,11 @@ def test_a_plan_counts_the_weights_that_are_read(
         read_bytes(file, path, offset, buffer)
 
     monkeypatch.setattr("pyfold.io.safetensors.read_bytes", counted)
-    for layers in (None, "1"):
-        options = {"calibration": text, "layers": layers, "ratio": 0.25}
+    for layers, heads in ((None, 0), ("1", 0), ("1", 0.5)):
+        options = {"calibration": text, "layers": layers, "ratio": 0.25, "heads_ratio": heads}
         planned = forecast(prepare(source, host_memory=None, **OPTIONS | options))
         read.clear()
-        fold_checkpoint(source, tmp_path / str(layers), metric="function", **options)
+        fold_checkpoint(source, tmp_path / f"{layers}-{heads}", metric="function", **options)
         rows = 6 * 4 * 64 * 64  # of the embedding, for five batches of tokens; and the last norm
         assert planned.bytes_read <= sum(read) <= planned.bytes_read + rows
 
@@ -180,9 +182,12 @@ def test_a_plan_is_read_by_people(source: Path, tmp_path: Path) -> None:
     )
     assert re.search(r"gradients +\d+ +\d+\.\d +[\d,]+\nsurvey +\d+ +\d+\.\d +[\d,]+\nfolding +\d+", done.stdout)
     assert re.search(r"note: writing text takes [\d,]+ s, longer than 0; give a text with --calibration FILE", done.stdout)
+    done = run_cli("plan", source, "--metric", "function", "--heads-ratio", "0.5", "--layers", "1")
+    assert re.search(r"layers\.1\.attn +2 +1 +whole +whole .*\nlayers\.1\.mlp ", done.stdout), done.stderr
     for options, words in (
         (["--max-time", "soon"], ["max_time", "10min", "'soon'"]),
         (["--metric", "function", "--device", "cuda"], ["function is computed on the CPU"]),
+        (["--heads-ratio", "0.5"], ["heads_ratio", "needs metric function"]),
         (["--metric", "function", "--host-memory", "1MiB"], ["host_memory", "needs at least"]),
     ):
         refused = run_cli("plan", source, *options)
