@@ -32,6 +32,8 @@ from pyfold.function_metric import HELD_OUT
 from pyfold.head_folding import FoldedHeads, fold_heads
 from pyfold.io.checkpoint import open_checkpoint
 from pyfold.io.safetensors import Reader
+from pyfold.processor import Processor
+from pyfold.report import rss_bytes
 
 _ROOM = 2 << 30  # for writing text
 
@@ -70,9 +72,10 @@ class Bench:
         self.report, self.sizes, self.text = report, report.sizes, text
         self.source = make(cache / "smollm2")
         self.checkpoint = open_checkpoint(self.source)
-        written = calibrate(self.checkpoint, "self", Cache(cache / f"heads{CACHE}"), {}, _ROOM)
-        self.tokens = written.tokens[: self.sizes.sequences]
         self.backend = ops.resolve("auto")
+        processor = Processor(self.backend, rss_bytes() + _ROOM)
+        written = calibrate(self.checkpoint, "self", Cache(cache / f"heads{CACHE}"), {}, processor)
+        self.tokens = written.tokens[: self.sizes.sequences]
         self.model, self.tokenizer = load_model(self.source, torch.bfloat16)
         self.dense = self.perplexity({})
         self.divergences = self._divergences()

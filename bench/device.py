@@ -21,10 +21,11 @@ from pathlib import Path
 
 import device_stages
 import torch
+from device_function import function
 from device_stages import ROOT, Row, partial, version_of
 from device_stream import stream
 
-STAGES = {**device_stages.STAGES, "stream": (200, stream)}
+STAGES = {**device_stages.STAGES, "stream": (200, stream), "function": (100, function)}
 LIMIT = 480  # seconds for all of it
 
 

@@ -35,17 +35,17 @@ def stream(out: Path) -> list[Row]:
     for case, preset in CHECKPOINTS.items():
         with tempfile.TemporaryDirectory() as scratch:
             source, folded, copied = (Path(scratch, name) for name in ("source", "folded", "copied"))
-            _run(ROOT / "bench" / "make_checkpoint.py", source, "--preset", *preset)
+            run(ROOT / "bench" / "make_checkpoint.py", source, "--preset", *preset)
             files = sorted(source.glob("*.safetensors"))
             options = ["--ratio", 0.2, "--device", "cuda", "--gpu-memory", GPU_MEMORY, "--json"]
-            n_bytes = json.loads(_run("-m", "pyfold", "plan", source, *options)[0])["bytes_written"]
+            n_bytes = json.loads(run("-m", "pyfold", "plan", source, *options)[0])["bytes_written"]
             copying, folding = (__file__, source, copied, n_bytes), ("-m", "pyfold", "fold", source, folded, *options)
             times: dict[tuple[Any, ...], float] = {}
             printed: dict[tuple[Any, ...], str] = {}
             for command in (copying, folding, copying):
                 copied.unlink(missing_ok=True)
                 evict(files)
-                printed[command], took = _run(*command)
+                printed[command], took = run(*command)
                 times[command] = min(took, times.get(command, took))
             seconds, fastest = times[folding], times[copying]
         fold = json.loads(printed[folding])
@@ -62,7 +62,7 @@ def stream(out: Path) -> list[Row]:
     return rows
 
 
-def _run(*command: Any) -> tuple[str, float]:
+def run(*command: Any) -> tuple[str, float]:
     """What a process prints, and the seconds to its end."""
     started = time.perf_counter()
     done = subprocess.run([sys.executable, *map(str, command)], check=True, stdout=subprocess.PIPE, text=True)

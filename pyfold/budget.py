@@ -141,7 +141,8 @@ def make_budget(
 
     With ``spills`` a Gram matrix may go to a file, which the backend must be able to cluster. With ``gpu_memory`` a GPU
     computes, and takes no more than that. ``beside``: bytes of what else is in memory while a group is folded, by its name;
-    with ``by_function`` of all but its weights, which are whole, and what the kernels work in.
+    with ``by_function`` of all but its weights, which are whole, and what the kernels work in: with ``gpu_memory`` that is on
+    the GPU.
 
     What is left goes to reading ahead, then to writing behind: no more than the largest tensor read at once, and the largest
     group folded.
@@ -153,7 +154,11 @@ def make_budget(
     """
     room = host_memory - process
     others = beside or dict.fromkeys((group.name for group, _ in plan.groups), 0)
-    if gpu_memory is None:
+    gpu: dict[str, Buffers] = {}
+    if by_function and gpu_memory is not None:
+        gpu = gpu_budget.by_function(plan, gpu_memory, others)
+        others = {group.name: _results(group, k, checkpoint) for group, k in plan.groups}
+    if by_function or gpu_memory is None:
         spills = spills and not by_function
         ways = {name: _Way(gpu=False, spills=spills, beside=n, by_function=by_function) for name, n in others.items()}
     else:
@@ -182,7 +187,7 @@ def make_budget(
         for group, k in plan.groups
     )
     kernels += _SLACK
-    gpu = {
+    gpu |= {
         group.name: gpu_budget.buffers(group, k, checkpoint, plan, takes[group.name].strip)
         for group, k in plan.groups
         if ways[group.name].gpu
@@ -283,6 +288,12 @@ def function_bytes(group: FoldGroup, k: int, checkpoint: Checkpoint, beside: int
     """Peak of folding a group by function, where all but its weights and what kernels work in takes ``beside``."""
     whole = sum(checkpoint.tensors[name].nbytes for name in group.tensors)
     return whole + _kernel_bytes(group, k, None, gpu=False) + beside + _SLACK
+
+
+def _results(group: FoldGroup, k: int, checkpoint: Checkpoint) -> int:
+    """What comes of a group folded by function on a GPU: consumers in fp32, and all as it is written, in fp32 at most."""
+    parameters = {name: checkpoint.tensors[name].n_parameters // group.width * k for name in group.tensors}
+    return 4 * (sum(parameters.values()) + sum(parameters[name] for name in group.consumers))
 
 
 def _kernel_bytes(group: FoldGroup, k: int, strip: int | None, gpu: bool) -> int:

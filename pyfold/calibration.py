@@ -19,6 +19,7 @@ from pyfold import __version__, evaluate
 from pyfold.errors import PyfoldError
 from pyfold.families.writing import Writer, writing_bytes
 from pyfold.io.checkpoint import Checkpoint
+from pyfold.processor import Processor
 from pyfold.progress import Progress
 
 LENGTH = 256  # tokens of a sequence: a model writes as many steps, whatever it writes
@@ -73,14 +74,14 @@ def calibrate(
     text: str,
     cache: Cache,
     stamps: dict[str, list[int]],
-    room: int,
+    processor: Processor,
     *,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Calibration:
     """Tokens of the file ``text``, or, for ``self``, what the model writes, from ``cache`` if it is of the same files.
 
-    ``stamps`` tells the source's files from others; ``room``: bytes that writing may take.
+    ``stamps`` tells the source's files from others.
 
     Raises
     ------
@@ -103,7 +104,7 @@ def calibrate(
         tokens = torch.tensor(kept, dtype=torch.int64).view(SEQUENCES, LENGTH)
         if int(tokens.min()) >= 0 and int(tokens.max()) < checkpoint.config["vocab_size"]:
             return Calibration(tokens, "self")
-    tokens = _written(checkpoint, tokenizer, room, seed, progress)
+    tokens = _written(checkpoint, tokenizer, processor, seed, progress)
     cache.put("tokens", key, tokens.tolist())
     return Calibration(tokens, "self")
 
@@ -124,16 +125,16 @@ def _read(file: Path, tokenizer: Any) -> Tensor:
     return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(n, -1), ids[: n * body].view(n, body)], 1)
 
 
-def _written(checkpoint: Checkpoint, tokenizer: Any, room: int, seed: int, progress: Progress | None) -> Tensor:
+def _written(checkpoint: Checkpoint, tokenizer: Any, processor: Processor, seed: int, progress: Progress | None) -> Tensor:
     """From the beginning token on, past the ends of texts. The first tokens drawn are as spread as can be."""
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if begin is None:
         raise PyfoldError("calibration: the tokenizer has no token to begin a text with; give a text with --calibration FILE")
-    resident, wave = way(checkpoint, room)
+    resident, wave = way(checkpoint, processor, processor.room())
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(SEQUENCES, LENGTH - 1, generator=generator)
     draws[:, 0] = (draws[:, 0] + torch.randperm(SEQUENCES, generator=generator)) / SEQUENCES
-    writer = Writer(checkpoint, LENGTH, resident=resident)
+    writer = Writer(checkpoint, LENGTH, resident=resident, device=processor.device)
     waves: list[Tensor] = []
     for part in draws.split(wave):
         places = []
@@ -153,15 +154,16 @@ def _written(checkpoint: Checkpoint, tokenizer: Any, room: int, seed: int, progr
     return tokens
 
 
-def way(checkpoint: Checkpoint, room: int) -> tuple[bool, int]:
-    """Whether all layers are in memory, and how many sequences are written together, in so many bytes."""
+def way(checkpoint: Checkpoint, processor: Processor, room: int) -> tuple[bool, int]:
+    """Whether all layers are in memory, and how many sequences are written together, where so many bytes are left."""
     takes = writing_bytes(checkpoint, LENGTH)
     for resident, held in ((True, takes.fixed + takes.layers), (False, takes.fixed + takes.layer)):
         wave = (room - held) // takes.sequence
         if wave >= min(_FEWEST, SEQUENCES):
             return resident, min(wave, SEQUENCES)
     least = takes.fixed + takes.layer + _FEWEST * takes.sequence
-    raise PyfoldError(
-        f"host_memory: writing calibration text takes at least {least / 2**20:.0f} MiB ({least:,} bytes), and "
-        f"{room / 2**20:.0f} are left; give a text with --calibration FILE"
+    raise processor.refusal(
+        f"writing calibration text takes at least {least / 2**20:.0f} MiB ({least:,} bytes)",
+        room,
+        "; give a text with --calibration FILE",
     )

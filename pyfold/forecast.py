@@ -12,7 +12,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
@@ -26,7 +25,7 @@ from pyfold import ops
 from pyfold.clustering import cluster
 from pyfold.families.writing import dtype_of
 from pyfold.function_forecast import Pace, Phase, Writing
-from pyfold.gpu_budget import OVERHEAD, PANEL
+from pyfold.gpu_budget import PANEL
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.safetensors import ITEM_SIZE, dtype_name, torch_dtype
 from pyfold.jobs import make_jobs, reads_of
@@ -147,11 +146,11 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
     dtypes = {checkpoint.tensors[name].dtype for group, _ in plan.groups for name in group.tensors}
     products = set()
     if prepared.text is not None:
-        dtypes = {"F32", dtype_name(ops.product_dtype(prepared.backend))}
+        dtypes = {"F32", dtype_name(prepared.processor.dtype)}
         products = dtypes | {dtype_name(dtype_of(checkpoint))}
     where = _existing(destination or checkpoint.path)
-    gpu = prepared.gpu
-    with gpu.limited(prepared.gpu_memory) if gpu else nullcontext():
+    gpu = prepared.processor.gpu
+    with prepared.processor.limited():
         rates = probe(prepared, dtypes, products, where if destination else None)
     pace = None if prepared.text is None else Pace(prepared, rates)
     phases = pace.before() if pace else []
@@ -207,7 +206,7 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
     else:  # the stages overlap, but hashing takes its share of the cores from the kernels
         computing = stages["computing"] + stages["hashing"] / torch.get_num_threads()
         seconds, limited_by = max(computing, *stages.values()), max(stages, key=lambda stage: stages[stage])
-    phases.append(Phase("folding", budget.peak, seconds, bytes_read))
+    phases.append(Phase("folding", budget.peak, seconds, bytes_read, budget.gpu_peak))
     return Forecast(
         groups=groups,
         phases=phases,
@@ -227,19 +226,19 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
         copying=stages["copying to and from the GPU"],
         limited_by=limited_by,
         rates=rates,
-        gpu_peak=budget.gpu_peak,
+        gpu_peak=max((phase.gpu_memory for phase in phases if phase.gpu_memory), default=None),
         gpu_held=gpu.held if gpu else None,
     )
 
 
 def probe(prepared: Prepared, dtypes: set[str], products: set[str], destination: Path | None) -> Rates:
     """Measure the rates, of the Gram kernel and of torch's products by dtype: about a second, at most 3."""
-    gpu = prepared.gpu
+    gpu = prepared.processor.gpu
     up, down = _copy_rates(gpu) if gpu else (float("inf"), float("inf"))
     generator = torch.Generator().manual_seed(0)
     n = 4096  # points and features: large enough that G is not what counts
     x = torch.randn(n, n, generator=generator)
-    while gpu and n > 1024 and 12 * n * n > prepared.gpu_memory - OVERHEAD:  # points, G, and a product of low precision
+    while gpu and n > 1024 and 12 * n * n > prepared.processor.room():  # points, G, and a product of low precision
         n //= 2
     gram = gpu.empty((n, n), torch.float32) if gpu else empty((n, n), torch.float32)
     speeds = {}
@@ -262,9 +261,9 @@ def probe(prepared: Prepared, dtypes: set[str], products: set[str], destination:
     return Rates(
         gram=speeds,
         products={
-            dtype: 2 * _PRODUCT**3 / _best(partial(torch.matmul, same, same), 0.3 / len(products))
+            dtype: 2 * _PRODUCT**3 / _best(partial(torch.matmul, same, same), 0.3 / len(products), gpu)
             for dtype in sorted(products)
-            for same in [factor.to(torch_dtype(dtype))]
+            for same in [_placed(factor.to(torch_dtype(dtype)), gpu)]
         },
         clustering=clustering,
         hash=len(blob) / _best(lambda: hashlib.sha256(blob), 0.1),

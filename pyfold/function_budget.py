@@ -9,31 +9,33 @@ import torch
 from pyfold import function_metric, head_folding
 from pyfold.budget import function_bytes
 from pyfold.calibration import LENGTH, SEQUENCES
-from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
 from pyfold.families.activations import BATCH, attending_bytes, information_bytes, saying_bytes
 from pyfold.families.attention import Attention
 from pyfold.io.checkpoint import Checkpoint
+from pyfold.processor import Processor
 from pyfold.survey import MEASURED
 
 INFORMING, SURVEYING = 64, 64  # sequences of the text that are enough for the information, and for the widths
 
 
-def gradients(checkpoint: Checkpoint, dtype: torch.dtype, room: int) -> int:
-    """Raises PyfoldError where it is more than ``room``."""
-    return _within("gradients for the function metric", information_bytes(checkpoint, LENGTH, dtype), room)
+def gradients(checkpoint: Checkpoint, processor: Processor, room: int) -> int:
+    """Raises PyfoldError where it is more than the ``room`` that is left."""
+    needs = information_bytes(checkpoint, LENGTH, processor.dtype)
+    return _within("gradients for the function metric", needs, processor, room)
 
 
-def survey(checkpoint: Checkpoint, groups: Sequence[FoldGroup], dtype: torch.dtype, room: int) -> int:
+def survey(checkpoint: Checkpoint, groups: Sequence[FoldGroup], processor: Processor, room: int) -> int:
     """Of finding widths: hidden states, also of forks that have one group folded, and a group in hand, or logits. Raises
-    PyfoldError where it is more than ``room``."""
+    PyfoldError where it is more than the ``room`` that is left."""
+    dtype = processor.dtype
     states = _states(checkpoint, SURVEYING + len(groups) * (SURVEYING // function_metric.HELD_OUT))
     takes = [saying_bytes(checkpoint, dtype)]
     for group in groups:
         k, n, hidden = max(1, int(MEASURED * group.width)), group.width, checkpoint.config["hidden_size"]
         curve = 4 * (4 * n * n + 3 * hidden * n)  # C twice, and in order, its factor; the consumer, in order, times that
         takes.append(function_bytes(group, k, checkpoint, max(curve, _at_work(checkpoint, group, k, dtype))))
-    return _within("groups, to be surveyed for --allocate auto,", states + max(takes), room)
+    return _within("groups, to be surveyed for --allocate auto,", states + max(takes), processor, room)
 
 
 def folding(checkpoint: Checkpoint, group: FoldGroup, k: int, dtype: torch.dtype) -> int:
@@ -64,9 +66,7 @@ def _at_work(checkpoint: Checkpoint, group: FoldGroup, k: int, dtype: torch.dtyp
     return max(attending, function_metric.nbytes(group.width, k, hidden, dtype.itemsize))
 
 
-def _within(what: str, needs: int, room: int) -> int:
+def _within(what: str, needs: int, processor: Processor, room: int) -> int:
     if needs > room:
-        raise PyfoldError(
-            f"host_memory: {what} take {needs / 2**20:.0f} MiB ({needs:,} bytes), and {room / 2**20:.0f} are left"
-        )
+        raise processor.refusal(f"{what} take {needs / 2**20:.0f} MiB ({needs:,} bytes)", room)
     return needs

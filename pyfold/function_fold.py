@@ -21,18 +21,20 @@ from pyfold.families.noise import Noise
 from pyfold.function_metric import fold_units, moments
 from pyfold.head_folding import fold_heads
 from pyfold.io.safetensors import TensorInfo
+from pyfold.processor import Processor
 from pyfold.reads import Read, gram_reads, whole_read
 from pyfold.report import GroupReport
 from pyfold.stages import Block, Stages
 
 
 class ByFunction(NamedTuple):
-    """The function metric: what the groups read, of tokens what the loss on them knows of each layer's units, and whether
-    consumers make up for what is lost by ridge regression."""
+    """The function metric: what the groups read, of tokens what the loss on them knows of each layer's units, whether consumers
+    make up for what is lost by ridge regression, and what all of it is computed on."""
 
     activations: Activations | Noise
     information: list[Tensor] | None
     ridge: bool
+    processor: Processor
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,13 @@ class UnitsFold:
     function: ByFunction
 
     def run(self) -> GroupReport:
-        group, stages, (activations, information, ridge) = self.group, self.stages, self.function
+        group, stages, (activations, information, ridge, processor) = self.group, self.stages, self.function
         weights = _Weights(group.name, stages, gram_reads(group, self.tensors, self.cut, 0))
         mlp = activations.mlp(group.layer, weights.values)
         with stages.trace("activations", group=group.name):
-            seen = moments((mlp.units(x) for x in activations.inputs(group.layer)), stages.backend)
+            seen = moments((mlp.units(x) for x in activations.inputs(group.layer)), processor.backend)
         del mlp
-        [consumer] = (weights.values[name].float() for name in group.consumers)
+        [consumer] = (weights.values[name].to(processor.device).float() for name in group.consumers)
         stages.wait(0)  # for what was folded before: now most is in memory
         with stages.trace("fold", group=group.name), weights.refused():
             folded = fold_units(
@@ -61,11 +63,12 @@ class UnitsFold:
                 seen,
                 self.n_clusters,
                 ridge=ridge,
-                backend=stages.backend,
+                backend=processor.backend,
                 information=None if information is None else information[group.layer],
             )
         del seen, consumer
-        weights.write(lambda name, values: folded.consumer if name in group.consumers else values[folded.kept], self.cut.behind)
+        columns, kept = folded.consumer.cpu(), folded.kept.cpu()
+        weights.write(lambda name, values: columns if name in group.consumers else values[kept], self.cut.behind)
         with stages.trace("feed", group=group.name):
             activations.feed(activations.mlp(group.layer, weights.values))
         return GroupReport.of(group, folded.clusters, output_error=folded.error, ridge=folded.ridge)

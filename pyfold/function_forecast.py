@@ -7,9 +7,9 @@ measured, and by as much longer as clustering takes longer here than there.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pyfold import calibration, function_budget, ops
+from pyfold import calibration, function_budget
 from pyfold.calibration import LENGTH, SEQUENCES
 from pyfold.families import FoldGroup
 from pyfold.families.activations import head_of, kept_at_once, layer_parameters, layer_tensors
@@ -18,6 +18,7 @@ from pyfold.families.noise import noise_inputs
 from pyfold.families.writing import dtype_of, writing_bytes
 from pyfold.function_budget import INFORMING, SURVEYING
 from pyfold.function_metric import HELD_OUT, LAMBDAS
+from pyfold.gpu_budget import OVERHEAD
 from pyfold.io.safetensors import dtype_name
 from pyfold.pipeline import Prepared
 from pyfold.survey import MEASURED
@@ -33,16 +34,18 @@ _DRAWN, _LOST, _COMPARED = 4.3e-9, 5.3e-9, 5e-9
 _KEYS, _LAYER = 1.2e-10, 1.5e-3
 _PRODUCTS, _TOUCHED = 3, 6.2  # times as much on the way of a gradient: there, there again, and back
 _WEIGHTS = 1e10  # bytes/s of weights from memory, where a product is with few tokens
+_GPU_WEIGHTS, _LAUNCHED = 1e12, 3e-4  # the same on a GPU, and seconds until a layer's kernels are begun (not yet measured)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Of a fold: VmHWM of the process, seconds, bytes of weights that are read."""
+    """Of a fold: VmHWM of the process, seconds, bytes of weights that are read; what torch reserves of a GPU."""
 
     name: str
     memory: int
     seconds: float
     bytes_read: int
+    gpu_memory: int | None
 
     @property
     def how(self) -> str:
@@ -72,14 +75,16 @@ class Pace:
     def __init__(self, prepared: Prepared, rates: Rates) -> None:
         assert prepared.text is not None
         self._prepared, self._rates, self._checkpoint = prepared, rates, prepared.checkpoint
-        self._dtype = ops.product_dtype(prepared.backend)
+        self._processor, self._dtype = prepared.processor, prepared.processor.dtype
         self._hidden: int = self._checkpoint.config["hidden_size"]
         self._vocabulary: int = self._checkpoint.config["vocab_size"]
         self._layers = layer_parameters(self._checkpoint)
         self._attention = layer_parameters(self._checkpoint, "self_attn.")
         self._layer_bytes = [sum(info.nbytes for info in layer) for layer in layer_tensors(self._checkpoint)]
         self._head = self._checkpoint.tensors[head_of(self._checkpoint)]
-        self._room = prepared.limit - prepared.budget.process
+        self._on_gpu = self._processor.gpu is not None
+        self._from_memory = rates.up if self._on_gpu else _WEIGHTS
+        self._room = self._processor.room(prepared.budget.process)
         self._noise = prepared.text == "none"
 
     def before(self) -> list[Phase]:
@@ -92,19 +97,21 @@ class Pace:
 
     def _writing(self) -> Writing:
         takes, rates = writing_bytes(self._checkpoint, LENGTH), self._rates
-        resident, wave = calibration.way(self._checkpoint, self._room)
+        resident, wave = calibration.way(self._checkpoint, self._processor, self._room)
         waves = -(-SEQUENCES // wave)
         steps, tokens = waves * (LENGTH - 1), SEQUENCES * (LENGTH - 1)
         dtype, numbers = dtype_of(self._checkpoint), sum(self._layers) + self._head.n_parameters
         products = 2 * tokens * numbers / rates.products[dtype_name(dtype)]
-        seconds = max(products, steps * dtype.itemsize * numbers / _WEIGHTS)
+        from_memory = _GPU_WEIGHTS if self._on_gpu and resident else self._from_memory
+        seconds = max(products, steps * dtype.itemsize * numbers / from_memory)
         seen = SEQUENCES * takes.keys // 2 * (LENGTH - 1)  # half of them, for each token
-        touched = tokens * self._vocabulary * _DRAWN + seen * _KEYS + steps * len(self._layers) * _LAYER
+        touched = tokens * self._vocabulary * _DRAWN + seen * _KEYS
+        seconds += steps * len(self._layers) * (_LAUNCHED if self._on_gpu else rates.clustering * _LAYER)
         read = sum(self._layer_bytes) * (1 if resident else steps)
         held = takes.fixed + (takes.layers if resident else takes.layer) + wave * takes.sequence
         return Writing(
             name="writing text",
-            memory=self._prepared.budget.process + held,
+            **self._memory(held),
             seconds=seconds + rates.clustering * touched + self._reading(read),
             bytes_read=self._checkpoint.nbytes - sum(self._layer_bytes) + read,
             resident=resident,
@@ -119,7 +126,7 @@ class Pace:
         seconds += 2 * self._saying(tokens) + self._rates.clustering * tokens * self._vocabulary * _LOST
         times = 2 * -(-INFORMING // kept_at_once(self._checkpoint, LENGTH))
         read = times * sum(self._layer_bytes)
-        memory = function_budget.gradients(self._checkpoint, self._dtype, self._room)
+        memory = function_budget.gradients(self._checkpoint, self._processor, self._room)
         return self._phase("gradients", memory, seconds + self._reading(read), read + self._head.nbytes)
 
     def _survey(self) -> Phase:
@@ -138,7 +145,7 @@ class Pace:
         seconds += self._saying(logits) + self._rates.clustering * logits * self._vocabulary * _COMPARED
         read = sum(self._layer_bytes)
         folded = [group for group, _ in self._prepared.plan.groups]
-        memory = function_budget.survey(self._checkpoint, folded, self._dtype, self._room)
+        memory = function_budget.survey(self._checkpoint, folded, self._processor, self._room)
         return self._phase("survey", memory, seconds + self._reading(read), read + self._head.nbytes)
 
     def folding(self, group: FoldGroup, k: int) -> tuple[float, float]:
@@ -207,7 +214,15 @@ class Pace:
 
     def _reading(self, n_bytes: int) -> float:
         """Seconds of weights that are read while nothing else is done, and converted."""
-        return n_bytes / self._rates.read + 2 * n_bytes / _WEIGHTS
+        return n_bytes / self._rates.read + 2 * n_bytes / self._from_memory
 
     def _phase(self, name: str, memory: int, seconds: float, read: int) -> Phase:
-        return Phase(name, self._prepared.budget.process + memory, seconds, read)
+        return Phase(name, seconds=seconds, bytes_read=read, **self._memory(memory))
+
+    def _memory(self, n_bytes: int) -> dict[str, Any]:
+        """Of what takes so many bytes: on the host, or, behind a tensor as it is read, on the GPU."""
+        process = self._prepared.budget.process
+        if not self._on_gpu:
+            return {"memory": process + n_bytes, "gpu_memory": None}
+        largest = max(info.nbytes for info in self._checkpoint.tensors.values())
+        return {"memory": process + largest, "gpu_memory": n_bytes + OVERHEAD}

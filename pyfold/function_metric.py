@@ -67,7 +67,7 @@ def moments(said: Iterable[Tensor], backend: str) -> Moments:
     sums: list[Tensor | None] = [None, None]
     n = 0
     for h in said:
-        held = torch.arange(n, n + len(h)) % HELD_OUT == HELD_OUT - 1
+        held = torch.arange(n, n + len(h), device=h.device) % HELD_OUT == HELD_OUT - 1
         n += len(h)
         for i, part in enumerate((h[~held], h[held])):
             if len(part):
@@ -82,7 +82,7 @@ def moments(said: Iterable[Tensor], backend: str) -> Moments:
 
 def gathered(parts: Sequence[Tensor], rows: Tensor, columns: Tensor) -> Tensor:
     """``(Σ parts)[rows][:, columns]``, without all of the sum in memory."""
-    found = torch.empty(len(rows), len(columns))
+    found = parts[0].new_empty(len(rows), len(columns))
     for into, some in zip(found.split(_ROWS), rows.split(_ROWS), strict=True):
         into.copy_(reduce(torch.add, (part[some] for part in parts))[:, columns])
     return found
@@ -98,7 +98,7 @@ def fold_units(
     n = len(seen.fitted)
     gram = _contributions(consumer, seen, backend)
     if information is not None:
-        gain = _gains(gram.diagonal(), information)
+        gain = _gains(gram.diagonal(), information.to(gram.device))
         gram.mul_(gain).mul_(gain[:, None])
     energy = gram.diagonal().clone()
     scale = float(energy.max())
@@ -108,7 +108,9 @@ def fold_units(
     del gram
     kept = _strongest(energy, clusters.labels, n_clusters)
     stands = kept[clusters.labels]
-    share = seen.at(stands, torch.arange(n)) / seen.at(stands, stands).clamp(min=torch.finfo(torch.float32).tiny)
+    share = seen.at(stands, torch.arange(n, device=stands.device)) / seen.at(stands, stands).clamp(
+        min=torch.finfo(torch.float32).tiny
+    )
     folded = ops.merge_columns(consumer, clusters.labels, n_clusters, scale=share, backend=backend)
     if not ridge or n_clusters == n:
         return Folded(clusters, kept, folded, None, _lost(consumer, kept, folded, seen.held_out))
@@ -144,9 +146,10 @@ def _gains(energy: Tensor, information: Tensor) -> Tensor:
 
 def _strongest(energy: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
     """Of each cluster the member of most energy, the first among equals."""
-    most = torch.zeros(n_clusters, dtype=energy.dtype).scatter_reduce(0, labels, energy, "amax")
-    candidates = torch.where(energy == most[labels], torch.arange(len(labels)), len(labels))
-    return torch.full((n_clusters,), len(labels)).scatter_reduce(0, labels, candidates, "amin")
+    n = len(labels)
+    most = energy.new_zeros(n_clusters).scatter_reduce(0, labels, energy, "amax")
+    candidates = torch.where(energy == most[labels], torch.arange(n, device=labels.device), n)
+    return labels.new_full((n_clusters,), n).scatter_reduce(0, labels, candidates, "amin")
 
 
 def _regressed(
@@ -154,7 +157,7 @@ def _regressed(
 ) -> Iterator[tuple[float, Tensor]]:
     """The ridge solutions (H, K) on C, the sum of parts, each with its λ; solved in units of equal energy, where they are well
     conditioned."""
-    cross = gathered(parts, torch.arange(consumer.shape[1]), kept)
+    cross = gathered(parts, torch.arange(consumer.shape[1], device=kept.device), kept)
     square = cross[kept]
     scale = square.diagonal().clamp(min=torch.finfo(square.dtype).tiny).sqrt()
     square.div_(scale).div_(scale[:, None])

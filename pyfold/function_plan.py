@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyfold import __version__, allocation, function_budget, ops
+from pyfold import __version__, allocation, function_budget
 from pyfold.calibration import Cache, Calibration, calibrate
 from pyfold.families.activations import information
 from pyfold.function_budget import INFORMING, SURVEYING
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.plan import Plan
+from pyfold.processor import Processor
 from pyfold.progress import Progress
-from pyfold.report import rss_bytes
 from pyfold.survey import survey
 
 
@@ -45,25 +45,24 @@ def see(
     stamps: dict[str, list[int]],
     *,
     seed: int,
-    limit: int,
-    backend: str,
+    processor: Processor,
     progress: Progress | None,
 ) -> Seen:
-    """``text``: ``self`` or a file; ``stamps`` tells the source's files from others; ``limit``: bytes of the whole process."""
-    calibration = calibrate(checkpoint, text, cache, stamps, limit - rss_bytes(), seed=seed, progress=progress)
+    """``text``: ``self`` or a file; ``stamps`` tells the source's files from others."""
+    calibration = calibrate(checkpoint, text, cache, stamps, processor, seed=seed, progress=progress)
     key = {
         "pyfold": __version__,
         "sources": stamps,
         "calibration": calibration.identity["calibration_sha256"],
         "sequences": [INFORMING, SURVEYING],
-        "backend": backend,
+        "backend": processor.backend,
         "torch": torch.__version__,
     }
     known = cache.get("information", key)
     if not _numbers(known):
-        dtype = ops.product_dtype(backend)
-        function_budget.gradients(checkpoint, dtype, limit - rss_bytes())
-        found = information(checkpoint, calibration.tokens[:INFORMING], dtype, progress)
+        function_budget.gradients(checkpoint, processor, processor.room())
+        tokens = calibration.tokens[:INFORMING]
+        found = information(checkpoint, tokens, processor.dtype, progress, processor.device)
         known = [values.tolist() for values in found]
         cache.put("information", key, known)
     return Seen(calibration, [torch.tensor(values) for values in known], key)
@@ -78,20 +77,25 @@ def find_widths(
     multiple_of: int,
     common: bool,
     ridge: bool,
-    limit: int,
-    backend: str,
+    processor: Processor,
     progress: Progress | None,
 ) -> tuple[list[int], list[str]]:
-    """Of the plan's groups those of least cost to the whole model in its room, or one in ``common``; what to say of it.
-    ``limit``: bytes of the whole process."""
+    """Of the plan's groups those of least cost to the whole model in its room, or one in ``common``; what to say of it."""
     groups = [group for group, _ in plan.groups]
     key = seen.key | {"groups": [group.name for group in groups], "ridge": ridge}
     errors = cache.get("errors", key)
     if not _numbers(errors) or list(map(len, errors)) != [group.width for group in groups]:
-        function_budget.survey(checkpoint, groups, ops.product_dtype(backend), limit - rss_bytes())
+        function_budget.survey(checkpoint, groups, processor, processor.room())
         tokens = seen.text.tokens[:SURVEYING]
         found = survey(
-            checkpoint, groups, tokens, information=seen.information, ridge=ridge, backend=backend, progress=progress
+            checkpoint,
+            groups,
+            tokens,
+            information=seen.information,
+            ridge=ridge,
+            backend=processor.backend,
+            device=processor.device,
+            progress=progress,
         )
         errors = [curve.tolist() for curve in found]
         cache.put("errors", key, errors)

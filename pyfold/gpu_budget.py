@@ -7,7 +7,10 @@ clustered on the host belongs to the identity of a run; nothing else of the budg
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
 
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
@@ -85,13 +88,34 @@ def strip_limits(checkpoint: Checkpoint, plan: Plan, gpu_memory: int, *, spills:
         most = buffers(group, k, checkpoint, plan, gpu_memory)  # so large that the peak is while it is there
         left = min(gpu_memory - (most.peak - most.gram), whole.gram)
         limits[group.name] = None if whole.peak <= gpu_memory else left
+    _check(needs, gpu_memory)
+    return limits
+
+
+def by_function(plan: Plan, gpu_memory: int, beside: Mapping[str, int]) -> dict[str, Buffers]:
+    """Of every group folded by function, with all that is ``beside`` what kernels work in.
+
+    Raises
+    ------
+    PyfoldError
+        If a group does not fit; names the least that would do.
+    """
+    takes = {}
+    for group, k in plan.groups:
+        n = group.width
+        kernels = max(cuda.clustering_bytes(n, k), cuda.gram_bytes(n, torch.bfloat16))
+        takes[group.name] = Buffers(n, 4 * n * n, 0, 0, beside[group.name] + kernels)
+    _check({name: buffers.peak for name, buffers in takes.items()}, gpu_memory)
+    return takes
+
+
+def _check(needs: Mapping[str, int], gpu_memory: int) -> None:
     name = max(needs, key=lambda name: needs[name])
     if gpu_memory < needs[name]:
         raise PyfoldError(
             f"gpu_memory: {name} needs at least {needs[name] / 2**20:.0f} MiB ({needs[name]:,} bytes), "
             f"got {gpu_memory / 2**20:.0f} MiB"
         )
-    return limits
 
 
 def row_of_panels(group: FoldGroup) -> int:

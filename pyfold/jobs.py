@@ -125,7 +125,7 @@ def run_jobs(
         Reader(pool) as reader,
         Behind() as behind,
     ):
-        device = OnGpu(gpu, budget.gpu, backend, pool) if gpu else OnHost(backend, pool)
+        device = OnGpu(gpu, budget.gpu, backend, pool) if gpu and not function else OnHost(backend, pool)
         reads = ((read.nbytes, partial(perform, reader, read, trace)) for job in jobs for read in reads_of(job, budget))
         with Ahead(reads, budget.ahead) as ahead:
             for job in jobs:

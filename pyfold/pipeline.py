@@ -35,9 +35,10 @@ from pyfold.io.output import Output
 from pyfold.io.safetensors import TensorInfo
 from pyfold.jobs import Finished, make_jobs, run_jobs
 from pyfold.plan import Plan, least_parameters, make_plan, parse_size
+from pyfold.processor import Processor
 from pyfold.progress import Progress
 from pyfold.report import FoldReport, GpuReport, GroupReport, peak_rss_bytes, rss_bytes
-from pyfold.streams import Gpu, open_device
+from pyfold.streams import open_device
 from pyfold.trace import Trace
 from pyfold.variance import variance_bytes
 
@@ -91,7 +92,7 @@ def fold_checkpoint(
         Instead of ``ratio``: what the whole result may have at most, as in ``"110M"`` or ``"220MB"``.
     heads_ratio : float
         Share of the KV heads of each layer to remove with their query heads, in [0, 1): floor((1 - heads_ratio) n) stay (metric
-        function, repair ridge).
+        function, repair ridge, on the CPU).
     allocate : str
         ``uniform``: the same share of every group. ``auto``: what has to go goes where it does the least harm, as measured by
         the KL divergence of the whole model's output with one group folded (metric function).
@@ -119,7 +120,7 @@ def fold_checkpoint(
         ``auto``, or a name from :func:`pyfold.ops.backends`, of what computes on the host.
     metric : str
         ``weight``: units are alike if their weights are, and merge to their mean. ``function``: if what they say on some tokens
-        is, and the strongest stands for the others, whose consumers make up for the rest; layer by layer, on the CPU.
+        is, and the strongest stands for the others, whose consumers make up for the rest; layer by layer.
     calibration : str or Path
         What units of the function metric are seen on: ``self``, text that the model writes itself (and that is kept in
         ``DST.pyfold-calibration.json``), a file of text, or ``none``: Gaussian noise through the norm before them.
@@ -203,9 +204,10 @@ def fold_checkpoint(
         seen = None
         stage.check(_identity(prepared, stamps))
         if prepared.text not in (None, "none"):
-            seen, prepared = _see(prepared, str(calibration), Path(dst).absolute(), stamps, seed, progress)
+            with prepared.processor.at_work():
+                seen, prepared = _see(prepared, str(calibration), Path(dst).absolute(), stamps, seed, progress)
         plan, options = prepared.plan, prepared.options
-        backend, gpu, budget = prepared.computed_by, prepared.gpu, prepared.budget
+        backend, gpu = prepared.computed_by, prepared.processor.gpu
         config = huggingface.patched_config(checkpoint, family, plan, dtype)
         stage.begin(_identity(prepared, stamps))
         groups, source, result = _write_weights(prepared, stage, progress, timeline, ray, seen)
@@ -233,7 +235,7 @@ def fold_checkpoint(
             notes=plan.notes,
             seconds=time.perf_counter() - started,
             peak_rss_bytes=peak_rss_bytes(),
-            gpu=GpuReport(gpu.name, gpu.peak(), budget.gpu_peak or 0, gpu.held) if gpu else None,
+            gpu=GpuReport(gpu.name, gpu.peak(), prepared.gpu_peak, gpu.held) if gpu else None,
         )
         stage.write_text("pyfold-run.json", _json(_run_record(checkpoint, report)))
         changed = [name for name, stamp in _stamps(sources).items() if stamp != stamps[name]]
@@ -246,30 +248,33 @@ def fold_checkpoint(
 
 @dataclass(frozen=True)
 class Prepared:
-    """A fold before a weight is read: what, to what, in how much memory (on a GPU: at most, 0 without one), the options on
-    which its bytes depend, and, by function, the text: ``self``, a file, or ``none``."""
+    """A fold before a weight is read: what, to what, in how much memory, what computes (beside the host's ``backend``), the
+    options on which its bytes depend, and, by function, the text: ``self``, a file, or ``none``."""
 
     checkpoint: Checkpoint
     family: Family
     plan: Plan
     budget: Budget
-    gpu: Gpu | None
-    gpu_memory: int
+    processor: Processor
     backend: str
     options: dict[str, Any]
-    limit: int
     text: str | None
     auto: bool
     profile: str
     replan: Callable[[Mapping[int, int]], tuple[Plan, Budget]]
 
     @property
+    def gpu_peak(self) -> int:
+        """Bytes of a GPU that can be taken: by function also before a group is folded, as text has it."""
+        return self.processor.limit if self.text else self.budget.gpu_peak or 0
+
+    @property
     def computed_by(self) -> str:
         """The backends on whose numbers the result depends."""
-        if self.gpu is None:
+        if self.processor.gpu is None:
             return self.backend
         on_host = self.budget.clustered_on_host or self.options.get("repair") == "variance"
-        return f"{self.gpu.backend}+{self.backend}" if on_host else self.gpu.backend
+        return f"{self.processor.backend}+{self.backend}" if on_host else self.processor.backend
 
 
 def prepare(
@@ -331,8 +336,8 @@ def prepare(
         raise PyfoldError("allocate: auto measures on text what each group is worth; it needs calibration self, or a file")
     if metric == "function" and str(calibration) not in ("self", "none") and not Path(calibration).is_file():
         raise PyfoldError(f"{calibration}: cannot read the calibration text: there is no such file")
-    if metric == "function" and device != "cpu":
-        raise PyfoldError(f"metric: function is computed on the CPU, got device {device}")
+    if heads_ratio and device != "cpu":
+        raise PyfoldError(f"heads_ratio: heads are folded on the CPU, got device {device}")
     if device == "cpu" and gpu_memory is not None:
         raise PyfoldError("gpu_memory: needs device cuda, got device cpu")
     checkpoint = open_checkpoint(src)
@@ -379,13 +384,13 @@ def prepare(
     }
     backend = ops.resolve(backend)
     gpu = open_device(device)
-    room = 0
-    if gpu:
-        room = gpu.free() if gpu_memory is None else parse_size(gpu_memory, "gpu_memory")
     if metric == "function":
         decoder(checkpoint)  # what it imports is there when memory is measured
     held = rss_bytes() + beside
     limit = held + bytes_free(torch.device("cpu")) if host_memory is None else parse_size(host_memory, "host_memory")
+    processor = Processor(backend, limit)
+    if gpu:
+        processor = Processor(gpu.backend, gpu.free() if gpu_memory is None else parse_size(gpu_memory, "gpu_memory"), gpu)
     in_layers = None
     if repair == "variance":
         options |= {"repair": repair}
@@ -402,15 +407,18 @@ def prepare(
             options |= {"allocate": allocate}
         if plan.heads:
             options |= {"heads_ratio": float(heads_ratio)}
-        products = ops.product_dtype(backend)
         widths = {group.name: group.width if allocate == "auto" else k for group, k in plan.groups}  # auto: up to all units
         needs = function_budget.on_noise if noise else function_budget.folding
-        in_layers = {group.name: needs(checkpoint, group, widths[group.name], products) for group, _ in plan.groups}
+        in_layers = {group.name: needs(checkpoint, group, widths[group.name], processor.dtype) for group, _ in plan.groups}
         heads = function_budget.folding_heads(checkpoint, plan.heads)
         in_layers = {name: max(heads, nbytes) for name, nbytes in in_layers.items()}
-    spills, gpu_room = backend.startswith("cpu"), room if gpu else None
     budgeted = partial(
-        make_budget, checkpoint, spills=spills, gpu_memory=gpu_room, beside=in_layers, by_function=metric == "function"
+        make_budget,
+        checkpoint,
+        spills=backend.startswith("cpu"),
+        gpu_memory=processor.limit if gpu else None,
+        beside=in_layers,
+        by_function=metric == "function",
     )
     budget = budgeted(plan, limit, held)
 
@@ -421,18 +429,16 @@ def prepare(
     if gpu:
         options |= {"device": gpu.name, "libraries": gpu.libraries, "clustered_on_host": budget.clustered_on_host}
     text, auto = str(calibration) if metric == "function" else None, allocate == "auto"
-    return Prepared(checkpoint, family, plan, budget, gpu, room, backend, options, limit, text, auto, profile, replan)
+    return Prepared(checkpoint, family, plan, budget, processor, backend, options, text, auto, profile, replan)
 
 
 def _see(
     prepared: Prepared, text: str, dst: Path, stamps: dict[str, list[int]], seed: int, progress: Progress | None
 ) -> tuple[function_plan.Seen, Prepared]:
     """What the function metric needs, and the fold with what follows from it: the widths, if they are to be found."""
-    checkpoint, plan, options, backend = prepared.checkpoint, prepared.plan, prepared.options, prepared.backend
+    checkpoint, plan, options = prepared.checkpoint, prepared.plan, prepared.options
     cache = Cache(dst.with_name(dst.name + CACHE))
-    seen = function_plan.see(
-        checkpoint, text, cache, stamps, seed=seed, limit=prepared.limit, backend=backend, progress=progress
-    )
+    seen = function_plan.see(checkpoint, text, cache, stamps, seed=seed, processor=prepared.processor, progress=progress)
     options = options | seen.identity
     if not prepared.auto:
         return seen, replace(prepared, options=options)
@@ -444,8 +450,7 @@ def _see(
         multiple_of=options["multiple_of"] or 1,
         common=prepared.profile == "stock",
         ridge=options["repair"] == "ridge",
-        limit=prepared.limit,
-        backend=backend,
+        processor=prepared.processor,
         progress=progress,
     )
     plan, budget = prepared.replan({group.layer: width for (group, _), width in zip(plan.groups, widths, strict=True)})
@@ -490,13 +495,13 @@ def _write_weights(
 
     jobs = make_jobs(checkpoint, plan, source, keeps_variance=prepared.options.get("repair") == "variance")
     finished = frozenset(source)
-    limited = prepared.gpu.limited(prepared.gpu_memory) if prepared.gpu else nullcontext()
+    limited = prepared.processor.at_work() if prepared.text else prepared.processor.limited()
     with limited, Output(stage.folder, plan.tensors, plan.shards, finished) as output:
         function = _by_function(prepared, output, seen, finished) if "metric" in prepared.options else None
         if ray:
             run = partial(distributed.run_jobs, ray if isinstance(ray, str) else None)
         else:
-            run = partial(run_jobs, gpu=prepared.gpu, function=function)
+            run = partial(run_jobs, gpu=prepared.processor.gpu, function=function)
         with closing(function.activations) if function else nullcontext():
             run(jobs, output, plan, prepared.budget, prepared.backend, record=record, advance=advance, trace=trace)
     assert result.keys() == plan.tensors.keys(), f"not written: {plan.tensors.keys() - result.keys()}"
@@ -510,11 +515,13 @@ def _by_function(prepared: Prepared, output: Output, seen: function_plan.Seen | 
     def place(name: str) -> TensorInfo:
         return output.place(name) if name in finished else prepared.checkpoint.tensors[name]
 
-    dtype, options = ops.product_dtype(prepared.backend), prepared.options
+    checkpoint, processor, options = prepared.checkpoint, prepared.processor, prepared.options
     ridge = options["repair"] == "ridge"
     if seen is None:
-        return ByFunction(Noise(prepared.checkpoint, options["seed"], dtype), None, ridge)
-    return ByFunction(Activations(prepared.checkpoint, seen.text.tokens, place, dtype), seen.information, ridge)
+        noise = Noise(checkpoint, options["seed"], processor.dtype, processor.device)
+        return ByFunction(noise, None, ridge, processor)
+    activations = Activations(checkpoint, seen.text.tokens, place, processor.dtype, processor.device)
+    return ByFunction(activations, seen.information, ridge, processor)
 
 
 def _identity(prepared: Prepared, stamps: dict[str, list[int]]) -> dict[str, Any]:

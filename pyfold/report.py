@@ -260,12 +260,13 @@ def forecast_table(forecast: Forecast) -> str:
 
 
 def _phase_lines(phases: Sequence[Phase]) -> list[str]:
-    heads = f"{'phase':<34}{'MiB':>7}{'seconds':>10}{'bytes read':>22}"
-    lines = [f"{each.name:<34}{each.memory / 2**20:>7.0f}{each.seconds:>10.1f}{each.bytes_read:>22,}" for each in phases]
-    for i, each in enumerate(phases):
-        if each.how:
-            lines[i] += f"  {each.how}"
-    return [heads, *lines]
+    on_gpu = any(each.gpu_memory for each in phases)
+    lines = [f"{'phase':<34}{'MiB':>7}{' of the GPU' * on_gpu}{'seconds':>10}{'bytes read':>22}"]
+    for each in phases:
+        there = f"{(each.gpu_memory or 0) / 2**20:>11.0f}" if on_gpu else ""
+        line = f"{each.name:<34}{each.memory / 2**20:>7.0f}{there}{each.seconds:>10.1f}{each.bytes_read:>22,}"
+        lines.append(f"{line}  {each.how}".rstrip())
+    return lines
 
 
 def comparison_table(rows: Sequence[Measured]) -> str:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,11 @@ class Queue:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
+
+    def current(self) -> AbstractContextManager[Any]:
+        """Within, torch puts its work here."""
+        context: AbstractContextManager[Any] = torch.cuda.stream(self._stream)
+        return context
 
     def put(self, action: Callable[[], object], *after: Event) -> Event:
         """Have ``action`` done once every event of ``after`` has passed; the event that it has been done."""
@@ -112,6 +118,12 @@ class Gpu:
             yield
         finally:
             torch.cuda.set_per_process_memory_fraction(before, self.device)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Within, torch computes in the queue of kernels, whose workspace is there already."""
+        with torch.cuda.device(self.device), self.kernels.current(), memory_errors(self.device):
+            yield
 
     def copy(self, to: Tensor, source: Tensor) -> None:
         """Rows from host to device or back; to be put into a queue."""

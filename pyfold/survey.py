@@ -17,7 +17,7 @@ from torch import Tensor
 from pyfold import ops
 from pyfold.errors import PyfoldError
 from pyfold.families import FoldGroup
-from pyfold.families.activations import Activations
+from pyfold.families.activations import CPU, Activations
 from pyfold.function_metric import HELD_OUT, Moments, fold_units, gathered, moments
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.safetensors import Reader
@@ -35,13 +35,14 @@ def survey(
     information: Sequence[Tensor],
     ridge: bool,
     backend: str,
+    device: torch.device = CPU,
     progress: Progress | None = None,
 ) -> list[NDArray[np.float64]]:
     """Of each group, in layer order, its error with 1..N units, in nats per token. ``information``: of each layer's units."""
     probes = slice(HELD_OUT - 1, None, HELD_OUT)
     curves = []
-    dtype = ops.product_dtype(backend)
-    with Reader() as reader, closing(Activations(checkpoint, tokens, checkpoint.tensors.__getitem__, dtype)) as activations:
+    made = Activations(checkpoint, tokens, checkpoint.tensors.__getitem__, ops.product_dtype(backend), device)
+    with Reader() as reader, closing(made) as activations:
         for i, group in enumerate(groups):
             if progress:
                 progress(i, len(groups), f"surveying {group.name}")
@@ -50,7 +51,7 @@ def survey(
             seen = moments((mlp.units(x) for x in activations.inputs(group.layer)), backend)
             k = max(1, int(MEASURED * group.width))
             del mlp
-            [consumer] = (weights[name].float() for name in group.consumers)
+            [consumer] = (weights[name].to(device).float() for name in group.consumers)
             try:
                 curve = lost_at_every_width(consumer, seen)
                 folded = fold_units(consumer, seen, k, ridge=ridge, backend=backend, information=information[group.layer])
@@ -77,5 +78,5 @@ def lost_at_every_width(consumer: Tensor, seen: Moments) -> NDArray[np.float64]:
     shrunk = gathered(seen, order, order)
     shrunk.diagonal().add_(_SHRINK * diagonal[order] + torch.finfo(shrunk.dtype).tiny)
     left = (consumer[:, order] @ torch.linalg.cholesky(shrunk)).square().sum(0).double()
-    lost: NDArray[np.float64] = (left.flip(0).cumsum(0).flip(0) - left).numpy()
+    lost: NDArray[np.float64] = (left.flip(0).cumsum(0).flip(0) - left).cpu().numpy()
     return lost.clip(min=0)

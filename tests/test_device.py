@@ -290,7 +290,7 @@ def test_a_plan_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         plan, gpu.most = prepared(source, memory), 0
         planned = forecast(plan)
         print(forecast_table(planned))
-        assert gpu.most <= plan.gpu_memory - gpu_budget.OVERHEAD + 12 * MIB, "the probes keep to the budget too"
+        assert gpu.most <= plan.processor.limit - gpu_budget.OVERHEAD + 12 * MIB, "the probes keep to the budget too"
         assert planned.gpu_peak == plan.budget.gpu_peak <= memory
         assert planned.copying > 0
         assert main(["plan", str(source), "--ratio", "0.25", "--device", "cuda", "--gpu-memory", str(memory)]) == 0

@@ -113,7 +113,7 @@ def test_llama_7b_fits_in_4_gib(backend: str, tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_plan_refuses_what_the_fold_does(source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("pipeline", "function_plan"):
+    for module in ("pipeline", "processor"):
         monkeypatch.setattr(f"pyfold.{module}.rss_bytes", lambda: 0)
     limit, refused = 1, []
     while len(refused) < 5:
@@ -186,7 +186,6 @@ def test_a_plan_is_read_by_people(source: Path, tmp_path: Path) -> None:
     assert re.search(r"layers\.1\.attn +2 +1 +whole +whole .*\nlayers\.1\.mlp ", done.stdout), done.stderr
     for options, words in (
         (["--max-time", "soon"], ["max_time", "10min", "'soon'"]),
-        (["--metric", "function", "--device", "cuda"], ["function is computed on the CPU"]),
         (["--heads-ratio", "0.5"], ["heads_ratio", "needs metric function"]),
         (["--metric", "function", "--host-memory", "1MiB"], ["host_memory", "needs at least"]),
     ):

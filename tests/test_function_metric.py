@@ -351,7 +351,6 @@ def test_what_cannot_be_done_is_said(source: Path, text: Path, tmp_path: Path, c
         (source, ["--metric", "function", "--calibration", str(tmp_path / "no")], "cannot read the calibration text"),
         (source, ["--metric", "function", "--calibration", "none", "--allocate", "auto"], "auto measures on text"),
         (source, ["--calibration", str(text)], "the weight metric sees no text"),
-        (source, ["--metric", "function", "--device", "cuda"], "function is computed on the CPU"),
         (source, ["--metric", "function", "--host-memory", "350MiB"], "host_memory"),
         (bare, ["--metric", "function"], "transformers cannot load it"),
         (source, ["--allocate", "auto"], "it needs metric function"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import check_refused, run_cli, tree, write_synthetic
+from conftest import check_refused, run_cli, tiny_checkpoint, tree, with_tokenizer, write_synthetic
 from test_ops import DTYPES, random_labels, rows
 
 import pyfold
@@ -344,3 +344,25 @@ def test_a_fold_on_a_gpu_is_as_good_as_on_the_host(checkpoint: Path, tmp_path: P
     planned = run_cli("plan", checkpoint, "--ratio", "0.2", "--device", "cuda", "--gpu-memory", "1GiB", "--json")
     assert planned.returncode == 0, planned.stderr
     assert json.loads(planned.stdout)["gpu_peak"] == there["gpu"]["planned"]
+
+
+@pytest.mark.parametrize("given", [[], ["--allocate", "auto"], ["--calibration", "none"]], ids=["text", "auto", "noise"])
+def test_a_fold_by_function_is_as_good_as_on_the_host(given: list[str], tmp_path: Path) -> None:
+    """Each on the text that it writes; and within its memory."""
+    pytest.importorskip("transformers")
+    source = with_tokenizer(tiny_checkpoint(tmp_path / "src", width=400, hidden_size=128))
+    options = ["--ratio", "0.25", "--metric", "function", "--json", *given]
+    folds = {}
+    for name, where in (("host", []), ("gpu", ["--device", "cuda", "--gpu-memory", "512MiB"])):
+        done = run_cli("fold", source, tmp_path / name, *options, *where)
+        assert done.returncode == 0, done.stderr
+        folds[name] = json.loads(done.stdout)
+    gpu = folds["gpu"]["gpu"]
+    print(f"{gpu['peak'] >> 20} MiB, {folds['gpu']['seconds']:.1f} s; on the host {folds['host']['seconds']:.1f} s")
+    assert 0 < gpu["peak"] <= 512 << 20
+    lost = [[group["output_error"] for group in folds[name]["groups"]] for name in ("host", "gpu")]
+    assert sum(lost[1]) == pytest.approx(sum(lost[0]), rel=0.1)
+    planned = run_cli("plan", source, *options, "--device", "cuda", "--gpu-memory", "512MiB")
+    assert planned.returncode == 0, planned.stderr
+    assert gpu["peak"] <= json.loads(planned.stdout)["gpu_peak"]
+    assert run_cli("verify", tmp_path / "gpu").returncode == 0

@@ -23,6 +23,7 @@ from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.safetensors import Reader, TensorInfo
 from pyfold.progress import Progress
 
+CPU = torch.device("cpu")
 BATCH = 1 << 12  # tokens that go through a layer together
 _LOGITS = 1 << 8  # tokens whose logits are in memory together
 _KEPT = 1 << 28  # bytes of hidden states that are kept for the way back, or those of one sequence
@@ -88,9 +89,18 @@ class Layers:
         Where a tensor of a layer is to be read.
     dtype : torch.dtype
         Of matrix products.
+    device : torch.device
+        Where they are computed, and all that is in memory is.
     """
 
-    def __init__(self, checkpoint: Checkpoint, length: int, place: Callable[[str], TensorInfo], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        length: int,
+        place: Callable[[str], TensorInfo],
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+    ) -> None:
         self._model = decoder(checkpoint)
         window = getattr(self._model.config, "sliding_window", None)
         if window is not None and window < length:
@@ -98,10 +108,10 @@ class Layers:
                 f"{checkpoint.path / 'config.json'}: a sliding_window of {window} is less than the {length} tokens of a "
                 "calibration sequence; fold by weights alone (metric weight)"
             )
-        self._tensors, self._place, self._dtype = checkpoint.tensors, place, dtype
+        self._tensors, self._place, self._dtype, self._device = checkpoint.tensors, place, dtype, device
         self._prefix, self._head_name = prefix_of(checkpoint), head_of(checkpoint)
         rotary = type(self._model.rotary_emb)(config=self._model.config)
-        self._rotation = [part.to(dtype) for part in rotary(torch.empty(1), torch.arange(length)[None])]
+        self._rotation = [part.to(device, dtype) for part in rotary(torch.empty(1), torch.arange(length)[None])]
         self._reader = Reader()
 
     def __len__(self) -> int:
@@ -117,7 +127,7 @@ class Layers:
         width = embedding.shape[1]
         distinct, inverse = torch.unique(tokens, return_inverse=True)
         rows = [self._reader.block(embedding, range(row, row + 1), range(width), width) for row in distinct.tolist()]
-        return torch.cat(rows).float()[inverse]
+        return torch.cat(rows).to(self._device).float()[inverse.to(self._device)]
 
     def load(self, i: int, part: str = "") -> None:
         """Have the attention and the norms of a layer in memory, or those whose names begin with ``part``."""
@@ -153,7 +163,7 @@ class Layers:
     def _attention(self, i: int, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         module, at = self._model.layers[i].self_attn, f"{self._prefix}layers.{i}.{_ATTENTION}"
         parts = (part for part, _ in module.named_parameters() if at + part in weights)
-        given = {part: weights[at + part].to(self._dtype) for part in parts}
+        given = {part: weights[at + part].to(self._device, self._dtype) for part in parts}
         inputs = {"hidden_states": x.to(self._dtype), "position_embeddings": self._rotation, "attention_mask": None}
         added: Tensor = functional_call(module, given, kwargs=inputs)[0]
         return added
@@ -168,14 +178,14 @@ class Layers:
         at = f"{self._prefix}layers.{i}.mlp."
         given = weights or {}
         others = self._read(i, "mlp.", (name for name in _FED if at + name not in given))
-        found = {name: values.to(self._dtype) for name, values in chain(given.items(), others)}
+        found = {name: values.to(self._device, self._dtype) for name, values in chain(given.items(), others)}
         gate, up, down = (found[at + name] for name in _FED[:3])
         gate_bias, up_bias, down_bias = (found.get(at + name) for name in _FED[3:])
         return Mlp(gate, up, down, gate_bias, up_bias, down_bias, self._model.layers[i].mlp.act_fn)
 
     def load_head(self) -> None:
-        self._head = self._reader.read(self._tensors[self._head_name]).to(self._dtype)
-        put(self._model.norm, "weight", self._reader.read(self._tensors[self._prefix + NORM]).float())
+        self._head = self._reader.read(self._tensors[self._head_name]).to(self._device, self._dtype)
+        put(self._model.norm, "weight", self._reader.read(self._tensors[self._prefix + NORM]).to(self._device).float())
 
     def logits(self, states: Tensor) -> Tensor:
         """(..., hidden) behind the last layer -> (..., vocabulary), fp32."""
@@ -185,16 +195,21 @@ class Layers:
         """Tensors of a layer with their full names, one at a time; those that the checkpoint has."""
         for name in (f"{self._prefix}layers.{i}.{part}{name}" for name in names):
             if name in self._tensors:
-                yield name, self._reader.read(self._place(name))
+                yield name, self._reader.read(self._place(name)).to(self._device)
 
 
 class Activations:
     """Hidden states of tokens (sequences, length), at first before layer 0. Arguments as of :class:`Layers`."""
 
     def __init__(
-        self, checkpoint: Checkpoint, tokens: Tensor, place: Callable[[str], TensorInfo], dtype: torch.dtype = torch.float32
+        self,
+        checkpoint: Checkpoint,
+        tokens: Tensor,
+        place: Callable[[str], TensorInfo],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
     ) -> None:
-        self._layers = Layers(checkpoint, tokens.shape[1], place, dtype)
+        self._layers = Layers(checkpoint, tokens.shape[1], place, dtype, device)
         self._layer, self._loaded, self._attended = 0, False, False
         self._hidden = self._layers.embedded(tokens)
         self._forks: list[Tensor] = []
@@ -272,7 +287,7 @@ class Activations:
                 expected = self._layers.logits(states).log_softmax(-1)
                 for fork, parts in enumerate(forks):
                     found = self._layers.logits(parts[i]).log_softmax(-1)
-                    sums[fork] += kl_div(found, expected, reduction="sum", log_target=True).double()
+                    sums[fork] += float(kl_div(found, expected, reduction="sum", log_target=True))
         return (sums / self._hidden[sequences].shape[:2].numel()).tolist()
 
     def _pass_until(self, layer: int) -> None:
@@ -300,11 +315,17 @@ class Activations:
             batch += mlp.output(self._layers.normed(self._layer, batch))
 
 
-def information(checkpoint: Checkpoint, tokens: Tensor, dtype: torch.dtype, progress: Progress | None = None) -> list[Tensor]:
+def information(
+    checkpoint: Checkpoint,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+    device: torch.device = CPU,
+) -> list[Tensor]:
     """Of each layer's units, Σ (h ∂L/∂h)² over tokens (sequences, length), (N,) fp32: what the loss L = -Σ ln p(next token)
     would notice of their going. On text that the model wrote this is the diagonal of its Fisher information about gains of the
     units."""
-    with closing(Layers(checkpoint, tokens.shape[1], checkpoint.tensors.__getitem__, dtype)) as layers:
+    with closing(Layers(checkpoint, tokens.shape[1], checkpoint.tensors.__getitem__, dtype, device)) as layers:
         return _information(layers, tokens, kept_at_once(checkpoint, tokens.shape[1]), progress)
 
 
@@ -337,7 +358,7 @@ def _information(layers: Layers, tokens: Tensor, at_once: int, progress: Progres
             seen = (units.detach().float() * on_units.float()).flatten(0, 1).square().sum(0)
             found[i] = found[i] + seen if i in found else seen
             layers.drop(i)
-    return [found[i] for i in range(len(layers))]
+    return [found[i].cpu() for i in range(len(layers))]
 
 
 def information_bytes(checkpoint: Checkpoint, length: int, dtype: torch.dtype) -> int:
@@ -404,7 +425,8 @@ def _loss_gradient(layers: Layers, states: Tensor, tokens: Tensor) -> Tensor:
         end = min(at + step, tokens.shape[1] - 1)
         with torch.enable_grad():
             part = states[:, at:end].detach().requires_grad_()
-            loss = cross_entropy(layers.logits(part).flatten(0, 1), tokens[:, at + 1 : end + 1].flatten(), reduction="sum")
+            expected = tokens[:, at + 1 : end + 1].flatten().to(states.device)
+            loss = cross_entropy(layers.logits(part).flatten(0, 1), expected, reduction="sum")
             [gradient[:, at:end]] = torch.autograd.grad(loss, part)
     return gradient
 

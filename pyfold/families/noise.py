@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from pyfold.families.activations import BATCH, BEFORE, Layers, Mlp, widest
+from pyfold.families.activations import BATCH, BEFORE, CPU, Layers, Mlp, widest
 from pyfold.io.checkpoint import Checkpoint
 
 _SEQUENCES = 16  # of a batch, so that some can be held out
@@ -34,10 +34,13 @@ class Noise:
         Of the noise, which is the same for every layer.
     dtype : torch.dtype
         Of matrix products.
+    device : torch.device
+        Where they are computed.
     """
 
-    def __init__(self, checkpoint: Checkpoint, seed: int, dtype: torch.dtype) -> None:
-        self._layers = Layers(checkpoint, 1, checkpoint.tensors.__getitem__, dtype)
+    def __init__(self, checkpoint: Checkpoint, seed: int, dtype: torch.dtype, device: torch.device = CPU) -> None:
+        self._layers = Layers(checkpoint, 1, checkpoint.tensors.__getitem__, dtype, device)
+        self._device = device
         self._hidden, self._seed = checkpoint.config["hidden_size"], seed
         self._batches = noise_inputs(checkpoint) // BATCH
 
@@ -51,7 +54,7 @@ class Noise:
         generator = torch.Generator().manual_seed(self._seed)
         for _ in range(self._batches):
             states = torch.randn(_SEQUENCES, BATCH // _SEQUENCES, self._hidden, generator=generator)
-            yield self._layers.normed(layer, states)
+            yield self._layers.normed(layer, states.to(self._device))
         self._layers.drop(layer)
 
     def mlp(self, layer: int, weights: Mapping[str, Tensor]) -> Mlp:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pyfold.families.activations import EMBEDDING, HEAD, NORM, decoder, layer_parameters, put
+from pyfold.families.activations import CPU, EMBEDDING, HEAD, NORM, decoder, layer_parameters, put
 from pyfold.families.base import prefix_of
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.io.safetensors import Reader
@@ -50,16 +50,16 @@ def dtype_of(checkpoint: Checkpoint) -> torch.dtype:
 
 
 class Writer:
-    """Writes texts of ``length`` tokens; with ``resident`` all layers stay in memory."""
+    """Writes texts of ``length`` tokens on a device; with ``resident`` all layers stay in its memory."""
 
-    def __init__(self, checkpoint: Checkpoint, length: int, *, resident: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, length: int, *, resident: bool, device: torch.device = CPU) -> None:
         _register_attention()
         self._model = decoder(checkpoint, attention=_ATTENTION)
         self._tensors, self._length, self._resident = checkpoint.tensors, length, resident
-        self._dtype = dtype_of(checkpoint)
+        self._dtype, self._device = dtype_of(checkpoint), device
         self._prefix = prefix_of(checkpoint)
         rotary = type(self._model.rotary_emb)(config=self._model.config)
-        self._rotation = [part.to(self._dtype) for part in rotary(torch.empty(1), torch.arange(length)[None])]
+        self._rotation = [part.to(device, self._dtype) for part in rotary(torch.empty(1), torch.arange(length)[None])]
         with Reader() as reader:
             self._embedding = self._read(reader, self._prefix + EMBEDDING)
             self._head = self._read(reader, HEAD) if HEAD in self._tensors else self._embedding
@@ -71,13 +71,14 @@ class Writer:
     def write(self, begin: int, draws: Tensor) -> Iterator[Tensor]:
         """The tokens (sequences,) of one place after another, ``begin`` first; ``draws`` in [0, 1): (sequences, length - 1)."""
         seen = _seen(len(self._model.layers), self._length)
-        tokens = torch.full((len(draws),), begin)
-        yield tokens
+        draws = draws.to(self._device)
+        tokens = torch.full((len(draws),), begin, device=self._device)
+        yield tokens.cpu()
         with Reader() as reader:
             for place in range(self._length - 1):
                 with torch.inference_mode():  # not while the caller has the tokens
                     tokens = _at(draws[:, place], self._logits(tokens, place, seen, reader))
-                yield tokens
+                yield tokens.cpu()
 
     def _logits(self, tokens: Tensor, place: int, seen: Any, reader: Reader) -> Tensor:
         hidden = self._embedding[tokens][:, None]
@@ -101,7 +102,7 @@ class Writer:
             put(layer, name, self._read(reader, at + name))
 
     def _read(self, reader: Reader, name: str) -> Tensor:
-        return reader.read(self._tensors[name]).to(self._dtype)
+        return reader.read(self._tensors[name]).to(self._device, self._dtype)
 
 
 def _at(draws: Tensor, logits: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def call(op: str, backend: str, device: torch.device) -> Callable[..., Any]:
 
 def product_dtype(backend: str) -> torch.dtype:
     """In which matrix products are to be computed beside a resolved ``backend``: bf16 where the processor multiplies it."""
-    return torch.bfloat16 if backend in ("cpu:amx", "cpu:avx512bf16") else torch.float32
+    return torch.bfloat16 if backend in ("cpu:amx", "cpu:avx512bf16", "cuda") else torch.float32
 
 
 def _refusal(name: str, device: torch.device, op: str | None) -> str | None:
