@@ -34,6 +34,7 @@ from pyfold.calibration import CACHE
 from pyfold.evaluate import load_model, load_tokenizer, score, spread
 from pyfold.families import family_of
 from pyfold.io.checkpoint import open_checkpoint
+from pyfold.plan import parse_layers
 
 SELECTION = Path(__file__).with_name("selection.py")
 FUNCTION = ("--metric", "function")
@@ -42,18 +43,20 @@ AUTO = (*FUNCTION, "--allocate", "auto")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Windows and their tokens; shares of the feed-forward parameters that go; seeds; layers of the uniform fold."""
+    """Windows and their tokens; shares of the feed-forward parameters that go, of which layers; seeds; layers of the uniform
+    fold."""
 
     windows: int
     context: int
     shares: tuple[float, ...]
+    of: str
     seeds: tuple[int, ...]
     layers: str
 
 
 SIZES = {
-    "full": Sizes(32, 1024, (0.1, 0.2, 0.3, 0.5), (0, 1, 2), "1-29"),
-    "small": Sizes(2, 256, (0.2,), (0,), "14-15"),
+    "full": Sizes(32, 1024, (0.1, 0.2, 0.3, 0.5), "0-29", (0, 1, 2), "1-29"),
+    "small": Sizes(2, 256, (0.2,), "14-15", (0,), "14-15"),
 }
 ASKED = {0.1: 1.14, 0.2: 1.35, 0.3: 1.65}
 REAL = 0.2  # the share of all parameters at which widths are found on real text too
@@ -195,12 +198,12 @@ def test_uniform(bench: Bench) -> None:
 
 @pytest.mark.parametrize("at", range(4))
 def test_share(bench: Bench, at: int) -> None:
-    """A share of all feed-forward parameters."""
+    """A share of all feed-forward parameters (at small scale of two layers')."""
     if at >= len(bench.sizes.shares):
         pytest.skip("fewer shares at this scale")
     share = bench.sizes.shares[at]
-    ratio = ("--ratio", share)
-    rows = bench.report.tables[f"{share:.0%} of all feed-forward parameters"] = []
+    ratio = ("--ratio", share, "--layers", bench.sizes.of)
+    rows = bench.report.tables[f"{share:.0%} of the feed-forward parameters of layers {bench.sizes.of}"] = []
 
     def add(method: str, row: Row, asked: str | None = None) -> None:
         rows.append({"method": method, "asked": asked, **row})
@@ -223,7 +226,8 @@ def test_share(bench: Bench, at: int) -> None:
 def test_curves(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the survey says of every width, from one that it measured, beside what it measures at others."""
     checkpoint = open_checkpoint(bench.source)
-    groups = family_of(checkpoint).fold_groups(checkpoint)
+    chosen = parse_layers(bench.sizes.of, len(bench.widths))
+    groups = [group for group in family_of(checkpoint).fold_groups(checkpoint) if group.layer in chosen]
     if not (bench.folder / "u-0").exists():
         bench.fold("u-0", "--ratio", 0.2, "--layers", bench.sizes.layers, *FUNCTION)
     record = json.loads((bench.folder / f"u-0{CACHE}").read_text())
