@@ -1,6 +1,6 @@
 """LLaMA-7B's layers folded by function in 4 GiB of a GPU's memory, on noise, which needs no tokenizer; beside the plan.
 
-A stage of ``bench/device.py``.
+A stage of ``bench/device.py``; needs transformers. What torch keeps for later tensors is in its memory, not in the plan.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def function(out: Path) -> list[Row]:
         planned = json.loads(run("-m", "pyfold", "plan", source, folded, *options)[0])
         fold = json.loads(run("-m", "pyfold", "fold", source, folded, *options)[0])
     gpu, mib = fold["gpu"], 2**20
-    if gpu["peak"] > planned["gpu_peak"]:
-        raise RuntimeError(f"{gpu['peak']:,} bytes on the GPU, planned {planned['gpu_peak']:,}")
+    if gpu["peak"] > GPU_MEMORY:
+        raise RuntimeError(f"{gpu['peak']:,} bytes on the GPU, asked {GPU_MEMORY:,}")
     note = (
         f"GPU {gpu['peak'] / mib:.0f} MiB, {planned['gpu_peak'] / mib:.0f} planned; host {fold['peak_rss_bytes'] / mib:.0f} MiB"
     )

@@ -157,7 +157,8 @@ def make_budget(
     gpu: dict[str, Buffers] = {}
     if by_function and gpu_memory is not None:
         gpu = gpu_budget.by_function(plan, gpu_memory, others)
-        others = {group.name: _results(group, k, checkpoint) for group, k in plan.groups}
+        reading = reading_bytes(checkpoint)  # before groups are folded
+        others = {group.name: max(reading, _results(group, k, checkpoint)) for group, k in plan.groups}
     if by_function or gpu_memory is None:
         spills = spills and not by_function
         ways = {name: _Way(gpu=False, spills=spills, beside=n, by_function=by_function) for name, n in others.items()}
@@ -288,6 +289,11 @@ def function_bytes(group: FoldGroup, k: int, checkpoint: Checkpoint, beside: int
     """Peak of folding a group by function, where all but its weights and what kernels work in takes ``beside``."""
     whole = sum(checkpoint.tensors[name].nbytes for name in group.tensors)
     return whole + _kernel_bytes(group, k, None, gpu=False) + beside + _SLACK
+
+
+def reading_bytes(checkpoint: Checkpoint) -> int:
+    """Where a GPU computes by function: any tensor as it is read, and converted."""
+    return 2 * max(info.nbytes for info in checkpoint.tensors.values())
 
 
 def _results(group: FoldGroup, k: int, checkpoint: Checkpoint) -> int:

@@ -88,6 +88,7 @@ def calibrate(
     PyfoldError
         If there is no tokenizer, a text is too short, or a model repeats itself, or does not fit.
     """
+    room = processor.room()
     tokenizer = evaluate.load_tokenizer(checkpoint.path)
     if text != "self":
         return Calibration(_read(Path(text), tokenizer), f"file {Path(text).name}")
@@ -98,13 +99,14 @@ def calibrate(
         "length": LENGTH,
         "seed": seed,
         "torch": torch.__version__,
+        **processor.identity,
     }
     kept = cache.get("tokens", key)
     with suppress(TypeError, ValueError, RuntimeError, OverflowError):  # not as it was kept: it is written anew
         tokens = torch.tensor(kept, dtype=torch.int64).view(SEQUENCES, LENGTH)
         if int(tokens.min()) >= 0 and int(tokens.max()) < checkpoint.config["vocab_size"]:
             return Calibration(tokens, "self")
-    tokens = _written(checkpoint, tokenizer, processor, seed, progress)
+    tokens = _written(checkpoint, tokenizer, processor, room, seed, progress)
     cache.put("tokens", key, tokens.tolist())
     return Calibration(tokens, "self")
 
@@ -125,12 +127,14 @@ def _read(file: Path, tokenizer: Any) -> Tensor:
     return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(n, -1), ids[: n * body].view(n, body)], 1)
 
 
-def _written(checkpoint: Checkpoint, tokenizer: Any, processor: Processor, seed: int, progress: Progress | None) -> Tensor:
+def _written(
+    checkpoint: Checkpoint, tokenizer: Any, processor: Processor, room: int, seed: int, progress: Progress | None
+) -> Tensor:
     """From the beginning token on, past the ends of texts. The first tokens drawn are as spread as can be."""
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if begin is None:
         raise PyfoldError("calibration: the tokenizer has no token to begin a text with; give a text with --calibration FILE")
-    resident, wave = way(checkpoint, processor, processor.room())
+    resident, wave = way(checkpoint, processor, room)
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(SEQUENCES, LENGTH - 1, generator=generator)
     draws[:, 0] = (draws[:, 0] + torch.randperm(SEQUENCES, generator=generator)) / SEQUENCES

@@ -434,7 +434,8 @@ def _metric_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0,
         metavar="R",
-        help="share of the KV heads of each layer to fold too, with their query heads: floor((1 - R) n) stay (metric function)",
+        help="share of the KV heads of each layer to fold too, with their query heads: floor((1 - R) n) stay (metric "
+        "function, on the CPU)",
     )
     parser.add_argument(
         "--allocate",
@@ -466,7 +467,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         "--gpu-memory",
         metavar="SIZE",
         help="what tensors may take of the GPU at most, as in 1GiB (default: what is free); a Gram matrix that does not fit is "
-        "computed there and clustered on the host",
+        "computed there and clustered on the host (by function: refused)",
     )
     parser.add_argument(
         "--backend",

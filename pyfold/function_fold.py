@@ -55,6 +55,7 @@ class UnitsFold:
         with stages.trace("activations", group=group.name):
             seen = moments((mlp.units(x) for x in activations.inputs(group.layer)), processor.backend)
         del mlp
+        processor.release()
         [consumer] = (weights.values[name].to(processor.device).float() for name in group.consumers)
         stages.wait(0)  # for what was folded before: now most is in memory
         with stages.trace("fold", group=group.name), weights.refused():
@@ -67,6 +68,7 @@ class UnitsFold:
                 information=None if information is None else information[group.layer],
             )
         del seen, consumer
+        processor.release()
         columns, kept = folded.consumer.cpu(), folded.kept.cpu()
         weights.write(lambda name, values: columns if name in group.consumers else values[kept], self.cut.behind)
         with stages.trace("feed", group=group.name):

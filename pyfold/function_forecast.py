@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pyfold import calibration, function_budget
+from pyfold.budget import reading_bytes
 from pyfold.calibration import LENGTH, SEQUENCES
 from pyfold.families import FoldGroup
 from pyfold.families.activations import head_of, kept_at_once, layer_parameters, layer_tensors
@@ -18,7 +19,7 @@ from pyfold.families.noise import noise_inputs
 from pyfold.families.writing import dtype_of, writing_bytes
 from pyfold.function_budget import INFORMING, SURVEYING
 from pyfold.function_metric import HELD_OUT, LAMBDAS
-from pyfold.gpu_budget import OVERHEAD
+from pyfold.gpu_budget import FUNCTION_OVERHEAD
 from pyfold.io.safetensors import dtype_name
 from pyfold.pipeline import Prepared
 from pyfold.survey import MEASURED
@@ -39,7 +40,7 @@ _GPU_WEIGHTS, _LAUNCHED = 1e12, 3e-4  # the same on a GPU, and seconds until a l
 
 @dataclass(frozen=True)
 class Phase:
-    """Of a fold: VmHWM of the process, seconds, bytes of weights that are read; what torch reserves of a GPU."""
+    """Of a fold: VmHWM of the process, seconds, bytes of weights that are read; what tensors and kernels take of a GPU."""
 
     name: str
     memory: int
@@ -224,5 +225,4 @@ class Pace:
         process = self._prepared.budget.process
         if not self._on_gpu:
             return {"memory": process + n_bytes, "gpu_memory": None}
-        largest = max(info.nbytes for info in self._checkpoint.tensors.values())
-        return {"memory": process + largest, "gpu_memory": n_bytes + OVERHEAD}
+        return {"memory": process + reading_bytes(self._checkpoint), "gpu_memory": n_bytes + FUNCTION_OVERHEAD}

@@ -56,6 +56,7 @@ def see(
         "calibration": calibration.identity["calibration_sha256"],
         "sequences": [INFORMING, SURVEYING],
         "backend": processor.backend,
+        **processor.identity,
         "torch": torch.__version__,
     }
     known = cache.get("information", key)

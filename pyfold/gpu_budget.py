@@ -28,6 +28,7 @@ _CUBLAS = 32 << 20  # what cuBLAS works in on an H100; on others less
 # that is larger up to 2 MiB.
 _SLACK = 80 << 20
 OVERHEAD = _CUBLAS + _SLACK  # whatever the group
+FUNCTION_OVERHEAD = OVERHEAD + _CUBLAS  # gradients are computed in another thread, which has a workspace of its own
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def by_function(plan: Plan, gpu_memory: int, beside: Mapping[str, int]) -> dict[
     for group, k in plan.groups:
         n = group.width
         kernels = max(cuda.clustering_bytes(n, k), cuda.gram_bytes(n, torch.bfloat16))
-        takes[group.name] = Buffers(n, 4 * n * n, 0, 0, beside[group.name] + kernels)
+        takes[group.name] = Buffers(n, 4 * n * n, 0, 0, beside[group.name] + kernels + FUNCTION_OVERHEAD - OVERHEAD)
     _check({name: buffers.peak for name, buffers in takes.items()}, gpu_memory)
     return takes
 

@@ -154,7 +154,8 @@ def fold_checkpoint(
     -----
     Features of unit i: its gate and up rows, their biases, its down column. Clusters: :func:`pyfold.cluster`. Merge: rows are
     averaged, columns summed (Wang et al., "Forget the Data and Fine-Tuning! Just Fold the Network to Compress", ICLR 2025).
-    The function metric: :mod:`pyfold.function_metric`; its result also depends on torch and its threads.
+    The function metric: :mod:`pyfold.function_metric`; its result also depends on torch and its threads, and on a GPU on
+    gradients that are not the same to the bit from run to run. They are kept beside ``dst``, so that a run can go on.
     The bytes of the result depend on the source's files, the options, the backend and its SIMD level alone; with a GPU, on its
     kind, the versions of torch and CUDA, the workspace that CUBLAS_WORKSPACE_CONFIG gives cuBLAS, and which groups the host
     clusters, all of which the record names. A source asked for by a hub id is named as base_model in
@@ -265,7 +266,7 @@ class Prepared:
 
     @property
     def gpu_peak(self) -> int:
-        """Bytes of a GPU that can be taken: by function also before a group is folded, as text has it."""
+        """Bytes of a GPU that can be taken at most: by function the limit, for torch keeps what it may need again."""
         return self.processor.limit if self.text else self.budget.gpu_peak or 0
 
     @property

@@ -10,7 +10,7 @@ import torch
 
 from pyfold import ops
 from pyfold.errors import PyfoldError
-from pyfold.gpu_budget import OVERHEAD
+from pyfold.gpu_budget import FUNCTION_OVERHEAD
 from pyfold.report import rss_bytes
 from pyfold.streams import Gpu
 
@@ -38,6 +38,11 @@ class Processor:
         return self.gpu.device if self.gpu else torch.device("cpu")
 
     @property
+    def identity(self) -> dict[str, str]:
+        """JSON values on which numbers depend beside the backend."""
+        return {"device": self.gpu.name, "libraries": self.gpu.libraries} if self.gpu else {}
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of matrix products."""
         return ops.product_dtype(self.backend)
@@ -45,8 +50,13 @@ class Processor:
     def room(self, process: int | None = None) -> int:
         """Bytes that are left: beside what the process holds, now or as it is given."""
         if self.gpu:
-            return self.limit - OVERHEAD
+            return self.limit - FUNCTION_OVERHEAD
         return self.limit - (rss_bytes() if process is None else process)
+
+    def release(self) -> None:
+        """Have torch give back what it keeps of a GPU for later tensors: those will be of other sizes."""
+        if self.gpu:
+            self.gpu.release()
 
     def limited(self) -> AbstractContextManager[None]:
         """Within, no more of a GPU can be taken."""
@@ -57,6 +67,7 @@ class Processor:
         """The same, and torch computes where all that is counted is."""
         with self.limited(), self.gpu.computing() if self.gpu else nullcontext():
             yield
+        self.release()
 
     def refusal(self, what: str, room: int, advice: str = "") -> PyfoldError:
         """Where ``what`` takes, in words, more than the room that is left."""

@@ -36,7 +36,9 @@ def memory_errors(device: torch.device) -> Iterator[None]:
 def device_failed(error: RuntimeError) -> str | None:
     """What torch, cuBLAS or a kernel says in one line where a device failed; None of any other error."""
     line = str(error).partition("\n")[0]
-    on_device = isinstance(error, getattr(torch, "AcceleratorError", ())) or re.match(r"CUDA |cuda \w+: |CUBLAS_", line)
+    on_device = isinstance(error, getattr(torch, "AcceleratorError", ())) or re.match(
+        r"CUDA |cuda \w+: |CUBLAS_|cusolver error: |cuDNN ", line
+    )
     return line if on_device else None
 
 
@@ -121,8 +123,8 @@ class Gpu:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Within, torch computes in the queue of kernels, whose workspace is there already."""
-        with torch.cuda.device(self.device), self.kernels.current(), memory_errors(self.device):
+        """Within, torch computes in the queue of kernels, whose workspace is there already, and no product in TF32."""
+        with torch.cuda.device(self.device), self.kernels.current(), memory_errors(self.device), cuda.full_precision():
             yield
 
     def copy(self, to: Tensor, source: Tensor) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyfold import ops
 from pyfold.errors import PyfoldError
@@ -55,7 +56,7 @@ def survey(
             try:
                 curve = lost_at_every_width(consumer, seen)
                 folded = fold_units(consumer, seen, k, ridge=ridge, backend=backend, information=information[group.layer])
-            except (ValueError, RuntimeError) as error:
+            except (ValueError, LinAlgError) as error:
                 path = checkpoint.tensors[group.tensors[0]].path
                 raise PyfoldError(f"{path}: {group.name} cannot be folded: {str(error).splitlines()[0]}") from None
             del seen
@@ -78,5 +79,6 @@ def lost_at_every_width(consumer: Tensor, seen: Moments) -> NDArray[np.float64]:
     shrunk = gathered(seen, order, order)
     shrunk.diagonal().add_(_SHRINK * diagonal[order] + torch.finfo(shrunk.dtype).tiny)
     left = (consumer[:, order] @ torch.linalg.cholesky(shrunk)).square().sum(0).double()
-    lost: NDArray[np.float64] = (left.flip(0).cumsum(0).flip(0) - left).cpu().numpy()
+    left = left.cpu()  # where sums of many go in one order
+    lost: NDArray[np.float64] = (left.flip(0).cumsum(0).flip(0) - left).numpy()
     return lost.clip(min=0)

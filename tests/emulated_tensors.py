@@ -60,6 +60,7 @@ class EmulatedTensors(TorchDispatchMode):
         super().__init__()
         self.taken, self.most = 0, 0
         self._storages: set[int] = set()
+        self.allowed: Callable[[], bool] = lambda: True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -87,6 +88,7 @@ class EmulatedTensors(TorchDispatchMode):
             return value
         storage = value.untyped_storage()
         if storage._cdata not in self._storages:
+            assert self.allowed(), "where no limit is set, or in another queue"
             self._storages.add(storage._cdata)
             self.taken += storage.nbytes()
             self.most = max(self.most, self.taken)
@@ -111,32 +113,44 @@ class Kernels:
         kernel = getattr(self._backend, op)
 
         def run(*args: Any) -> Any:
-            there = any(isinstance(leaf, There) for leaf in tree_leaves(args))
+            kinds = {isinstance(leaf, There) for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
+            assert len(kinds) == 1, f"{op} of tensors here and there"
+            there = True in kinds
             found = kernel(*tree_map(lambda x: x.held if isinstance(x, There) else x, args))
             return tree_map(lambda x: x.to(DEVICE) if isinstance(x, torch.Tensor) else x, found) if there else found
 
         return run
 
 
-class EmulatedGpu:
+class TorchGpu:
     """As :class:`pyfold.streams.Gpu`, as far as what is computed by torch needs it."""
 
     name, held, backend, device = "emulated", 0, "reference", DEVICE
     libraries = "torch 1, CUDA 2"
-    memory = 1 << 40
+    memory = 1 << 30
 
     def __init__(self, tensors: EmulatedTensors) -> None:
         self._tensors = tensors
+        self.limit: int | None = None
         self.limits: list[int] = []
+        tensors.allowed = lambda: self.limit is not None and self.is_computing
+        self.is_computing = False
 
     @contextmanager
     def limited(self, n_bytes: int) -> Iterator[None]:
         self.limits.append(n_bytes)
+        self.limit = n_bytes
         yield
+        self.limit = None
 
     @contextmanager
     def computing(self) -> Iterator[None]:
+        self.is_computing = True
         yield
+        self.is_computing = False
+
+    def release(self) -> None:
+        """Nothing is kept."""
 
     def free(self) -> int:
         return self.memory
@@ -149,7 +163,7 @@ class EmulatedGpu:
 
 
 @contextmanager
-def emulated(monkeypatch: pytest.MonkeyPatch, level: str) -> Iterator[EmulatedGpu]:
+def emulated(monkeypatch: pytest.MonkeyPatch, level: str) -> Iterator[TorchGpu]:
     """A GPU that ``--device cuda`` finds, with the host's kernels of a SIMD level."""
     monkeypatch.setitem(registry._BACKENDS, "reference", Kernels(cpu.CpuBackend(level)))  # the one of tensors of any device
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # which tensors of a class of their own do not know
@@ -157,7 +171,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch, level: str) -> Iterator[EmulatedGp
     torch._C._set_only_lift_cpu_tensors(True)
     try:
         with EmulatedTensors() as tensors:
-            gpu = EmulatedGpu(tensors)
+            gpu = TorchGpu(tensors)
             monkeypatch.setattr("pyfold.pipeline.open_device", lambda name: None if name == "cpu" else gpu)
             yield gpu
     finally:

@@ -17,7 +17,7 @@ from pyfold import fold_checkpoint, function_budget
 from pyfold.calibration import LENGTH, SEQUENCES
 from pyfold.errors import PyfoldError
 from pyfold.forecast import forecast
-from pyfold.gpu_budget import OVERHEAD
+from pyfold.gpu_budget import FUNCTION_OVERHEAD
 from pyfold.pipeline import prepare
 from pyfold.report import forecast_table
 
@@ -53,7 +53,7 @@ def test_a_fold_on_a_gpu(source: Path, options: dict[str, Any], tmp_path: Path, 
     with emulated(monkeypatch, LEVEL):
         report = fold_checkpoint(source, tmp_path / "gpu", device="cuda", backend=f"cpu:{LEVEL}", **given)
     assert report.gpu
-    assert 0 < report.gpu.peak < report.gpu.planned
+    assert 0 < report.gpu.peak < report.gpu.planned == 1 << 30
     expected, found = (tensors_of(tmp_path / name) for name in ("host", "gpu"))
     assert found.keys() == expected.keys()
     for name, values in found.items():
@@ -77,7 +77,7 @@ def test_memory_of_a_gpu_is_as_planned(
     with emulated(monkeypatch, LEVEL) as gpu:
         prepared = prepare(source, ratio=0.25, host_memory=None, device="cuda", **OPTIONS | options)
         processor, checkpoint = prepared.processor, prepared.checkpoint
-        needs = [prepared.budget.gpu_peak - OVERHEAD]
+        needs = [prepared.budget.gpu_peak - FUNCTION_OVERHEAD]
         if prepared.text != "none":
             needs.append(function_budget.gradients(checkpoint, processor, processor.room()))
         if prepared.auto:
@@ -86,7 +86,8 @@ def test_memory_of_a_gpu_is_as_planned(
         same = {"metric": "function", "backend": f"cpu:{LEVEL}", **options}
         fold_checkpoint(source, tmp_path / "dst", ratio=0.25, device="cuda", **same)
     print(f"{gpu.peak() / 2**20:.1f} of {max(needs) / 2**20:.1f} MiB; planned {[round(n / 2**20, 1) for n in needs]}")
-    assert 0.6 * max(needs) <= gpu.peak() <= 1.15 * max(needs), "a little more, for attention is not fused there"
+    attends = prepared.text != "none"
+    assert 0.6 * max(needs) <= gpu.peak() <= (1.15 if attends else 1) * max(needs), "attention is not fused there"
 
 
 def test_llama_7b_fits_in_4_gib_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

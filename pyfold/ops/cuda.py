@@ -51,7 +51,7 @@ def gram(xs: list[Tensor], outs: list[Tensor], accumulate: bool, transposed: boo
     problems of one shape, which become one batched product, a copy of them.
     """
     rows = [x.T if transposed else x for x in xs]
-    with _stream_of(outs[0]) as stream, _full_precision():
+    with _stream_of(outs[0]) as stream, full_precision():
         alike = len({(x.shape, x.dtype, out.shape) for x, out in zip(rows, outs, strict=True)}) == 1
         if len(rows) > 1 and alike and len(rows[0]) == len(outs[0]) <= PANEL:
             products = _matmul(torch.bmm, torch.stack(rows), torch.stack(rows).mT).unbind()
@@ -292,7 +292,7 @@ def _mixed() -> bool:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """No TF32 in products of the block, process-wide; the caller's setting afterwards."""
     matmul = torch.backends.cuda.matmul
     # torch 2.9 has two switches, and the older refuses to be read while they disagree.

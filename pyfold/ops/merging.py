@@ -77,6 +77,8 @@ def merge_columns(
     labels = checks.labels(labels, x.shape[1], n_clusters, x)
     if scale is not None and (scale.dtype != torch.float32 or scale.shape != labels.shape):
         raise ValueError(f"scale: expected float32 of shape {tuple(labels.shape)}, got {scale.dtype} of {tuple(scale.shape)}")
+    if scale is not None:
+        checks.same_device("scale", scale, x)
     out = checks.result(out, (x.shape[0], n_clusters), dtype, x)
     registry.call("merge_columns", backend, x.device)(x, labels, n_clusters, scale, out)
     return out
