@@ -3,7 +3,7 @@
 Run by hand: ``pytest bench/bench_quality.py --text wikitext2_raw_test.txt [--scale small] [--cache DIR]``. Each fold is a
 ``pyfold fold`` in a process of its own, cold, unless it is said to take another's text. What it is compared with is in
 ``selection.py``. Variances are of what folded layers add to the stream on the windows, over the dense model's, least to most of
-all layers. Real calibration text is of articles of the same file that no evaluated window touches. Takes two hours.
+all layers. Real calibration text is of articles of the same file that no evaluated window touches. Takes an hour and a half.
 """
 
 from __future__ import annotations
