@@ -324,7 +324,7 @@ def test_memory_of_clustering_is_what_is_planned(backend: ModuleType, n: int, k:
 def test_products_are_never_tf32_and_the_setting_comes_back(before: str) -> None:
     torch.set_float32_matmul_precision(before)
     try:
-        with cuda._full_precision():
+        with cuda.full_precision():
             assert torch.get_float32_matmul_precision() == "highest"
             assert not torch.backends.cuda.matmul.allow_tf32
         assert torch.get_float32_matmul_precision() == before
@@ -338,7 +338,7 @@ def test_the_newer_tf32_switch_comes_back_too() -> None:
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32"  # the older switch now raises when it is read
     try:
-        with cuda._full_precision():
+        with cuda.full_precision():
             assert matmul.fp32_precision == "ieee"
         assert matmul.fp32_precision == "tf32"
     finally:
