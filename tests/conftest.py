@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from pyfold.calibration import LENGTH, SEQUENCES
 from pyfold.function_fold import HeadsFold, UnitsFold
 from pyfold.io.checkpoint import INDEX
+from pyfold.io.safetensors import read_bytes
 from pyfold.ops import cpu
 from pyfold.report import GroupReport
 from pyfold.weight_fold import WeightFold
@@ -90,6 +92,28 @@ def tiny_model(family: str, *, n_layers: int = 3, width: int = 48, seed: int = 0
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (1.0 if parameter.dim() == 1 else 0.0))
     return model
+
+
+@pytest.fixture(scope="module")
+def whole_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many words as calibration takes."""
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    words = torch.randint(3, 64, (SEQUENCES * LENGTH,), generator=torch.Generator().manual_seed(0))
+    file.write_text(" ".join(f"w{word}" for word in words.tolist()))
+    return file
+
+
+def count_reads(source: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of each read of a source's files, from now on."""
+    sizes: list[int] = []
+
+    def counted(file: int, path: Path, offset: int, buffer: memoryview) -> None:
+        if path.parent == source:
+            sizes.append(len(buffer))
+        read_bytes(file, path, offset, buffer)
+
+    monkeypatch.setattr("pyfold.io.safetensors.read_bytes", counted)
+    return sizes
 
 
 def stop_before(kind: type[Fold], n: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:

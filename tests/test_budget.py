@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, check_refused, run_cli, tiny_checkpoint, tree, write_synthetic
+from conftest import ROOT, check_refused, count_reads, run_cli, tiny_checkpoint, tree, write_synthetic
 
 from pyfold import fold_checkpoint
 from pyfold.budget import PANEL, group_bytes, make_budget
@@ -21,7 +21,6 @@ from pyfold.errors import PyfoldError
 from pyfold.families import family_of
 from pyfold.forecast import forecast
 from pyfold.io.checkpoint import open_checkpoint
-from pyfold.io.safetensors import read_bytes
 from pyfold.pipeline import prepare
 from pyfold.plan import make_plan
 
@@ -139,14 +138,7 @@ def test_a_plan_says_what_the_fold_takes(large: Path, tmp_path: Path, host_memor
 
 
 def test_a_plan_counts_every_byte_that_is_read(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = []
-
-    def counted(file: int, path: Path, offset: int, buffer: memoryview) -> None:
-        if path.parent == source:
-            read.append(len(buffer))
-        read_bytes(file, path, offset, buffer)
-
-    monkeypatch.setattr("pyfold.io.safetensors.read_bytes", counted)
+    read = count_reads(source, monkeypatch)
     monkeypatch.setattr("pyfold.pipeline.rss_bytes", lambda: 0)
     for memory in (None, group_bytes_of(source, 3 * PANEL)):
         prepared = prepare(source, ratio=0.25, host_memory=memory, **OPTIONS)

@@ -11,10 +11,10 @@ from conftest import tensors_of, tiny_checkpoint, with_tokenizer
 from emulated_gpu import EmulatedGpu
 from emulated_tensors import emulated
 from test_budget import least
+from test_function_forecast import OPTIONS as FUNCTION
 from test_function_forecast import llama_7b
 
 from pyfold import fold_checkpoint, function_budget
-from pyfold.calibration import LENGTH, SEQUENCES
 from pyfold.errors import PyfoldError
 from pyfold.forecast import forecast
 from pyfold.gpu_budget import FUNCTION_OVERHEAD
@@ -22,28 +22,12 @@ from pyfold.pipeline import prepare
 from pyfold.report import forecast_table
 
 LEVEL = "baseline"
-OPTIONS: dict[str, Any] = {
-    "width": None,
-    "layers": None,
-    "multiple_of": None,
-    "dtype": "keep",
-    "max_shard_size": "5GB",
-    "backend": f"cpu:{LEVEL}",
-    "metric": "function",
-}
+OPTIONS = FUNCTION | {"backend": f"cpu:{LEVEL}"}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_tokenizer(tiny_checkpoint(tmp_path_factory.mktemp("source") / "src"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "words.txt"
-    words = torch.randint(3, 64, (SEQUENCES * LENGTH,), generator=torch.Generator().manual_seed(0))
-    file.write_text(" ".join(f"w{word}" for word in words.tolist()))
-    return file
 
 
 @pytest.mark.parametrize("options", [{}, {"allocate": "auto"}, {"calibration": "none"}, {"repair": "none"}], ids=str)
@@ -70,10 +54,10 @@ def test_a_fold_on_a_gpu(source: Path, options: dict[str, Any], tmp_path: Path, 
     ids=["gradients", "survey", "noise"],
 )
 def test_memory_of_a_gpu_is_as_planned(
-    shapes: dict[str, int], given: dict[str, Any], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shapes: dict[str, int], given: dict[str, Any], whole_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = with_tokenizer(tiny_checkpoint(tmp_path / "src", **shapes))
-    options = {"calibration": text, **given}
+    options = {"calibration": whole_text, **given}
     with emulated(monkeypatch, LEVEL) as gpu:
         prepared = prepare(source, ratio=0.25, host_memory=None, device="cuda", **OPTIONS | options)
         processor, checkpoint = prepared.processor, prepared.checkpoint

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import check_refused, run_cli, tiny_checkpoint, with_tokenizer
+from conftest import check_refused, count_reads, run_cli, tiny_checkpoint, with_tokenizer
 
 from pyfold import fold_checkpoint
 from pyfold.calibration import LENGTH, SEQUENCES
 from pyfold.errors import PyfoldError
 from pyfold.forecast import Forecast, forecast
 from pyfold.function_forecast import Writing
-from pyfold.io.safetensors import Shard, read_bytes
+from pyfold.io.safetensors import Shard
 from pyfold.pipeline import prepare
 
 MIB = 2**20
@@ -37,14 +36,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its logits take more than a layer in hand."""
     folder = tmp_path_factory.mktemp("source") / "src"
     return with_tokenizer(tiny_checkpoint(folder, width=400, hidden_size=64, vocab_size=30000))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "words.txt"
-    words = torch.randint(3, 64, (SEQUENCES * LENGTH,), generator=torch.Generator().manual_seed(0))
-    file.write_text(" ".join(f"w{word}" for word in words.tolist()))
-    return file
 
 
 def llama_7b(folder: Path) -> Path:
@@ -100,9 +91,9 @@ def test_llama_7b_fits_in_4_gib(backend: str, tmp_path: Path, monkeypatch: pytes
     assert writing.bytes_read == writing.waves * (LENGTH - 1) * in_layers + prepared.checkpoint.nbytes - in_layers
     assert "give a text with --calibration FILE" in found.beyond(600)[0]
     assert found.beyond(2 * writing.seconds) == []
-    text = tmp_path / "text"
-    text.touch()
-    read = forecast(prepare(source, ratio=0.2, host_memory="4GiB", calibration=text, **OPTIONS | {"backend": backend}))
+    whole_text = tmp_path / "text"
+    whole_text.touch()
+    read = forecast(prepare(source, ratio=0.2, host_memory="4GiB", calibration=whole_text, **OPTIONS | {"backend": backend}))
     assert names(read) == ["gradients", "folding"]
     assert read.beyond(1) == []
     wide = forecast(prepare(source, ratio=0.2, host_memory="64GiB", **OPTIONS | {"backend": backend})).phases[0]
@@ -112,12 +103,14 @@ def test_llama_7b_fits_in_4_gib(backend: str, tmp_path: Path, monkeypatch: pytes
     assert wide.bytes_read == prepared.checkpoint.nbytes
 
 
-def test_a_plan_refuses_what_the_fold_does(source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_refuses_what_the_fold_does(
+    source: Path, whole_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in ("pipeline", "processor"):
         monkeypatch.setattr(f"pyfold.{module}.rss_bytes", lambda: 0)
     limit, refused = 1, []
     while len(refused) < 5:
-        given: dict[str, Any] = {"ratio": 0.25, "host_memory": limit, "calibration": text}
+        given: dict[str, Any] = {"ratio": 0.25, "host_memory": limit, "calibration": whole_text}
         try:
             found = forecast(prepare(source, **given, **OPTIONS))
         except PyfoldError as error:
@@ -138,9 +131,9 @@ def test_a_plan_refuses_what_the_fold_does(source: Path, text: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("given", "surveyed"), [([], []), (["--allocate", "auto"], ["survey"]), (["--heads-ratio", "0.5"], [])]
 )
-def test_a_plan_says_what_the_fold_takes(text: Path, tmp_path: Path, given: list[str], surveyed: list[str]) -> None:
+def test_a_plan_says_what_the_fold_takes(whole_text: Path, tmp_path: Path, given: list[str], surveyed: list[str]) -> None:
     source = with_tokenizer(tiny_checkpoint(tmp_path / "src", width=1500, hidden_size=512))
-    options = ["--ratio", "0.2", "--json", "--metric", "function", "--calibration", text, *given]
+    options = ["--ratio", "0.2", "--json", "--metric", "function", "--calibration", whole_text, *given]
     plan = run_cli("plan", source, tmp_path / "dst", *options)
     assert plan.returncode == 0, plan.stderr
     planned = json.loads(plan.stdout)
@@ -155,18 +148,11 @@ def test_a_plan_says_what_the_fold_takes(text: Path, tmp_path: Path, given: list
 
 
 def test_a_plan_counts_the_weights_that_are_read(
-    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, whole_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = []
-
-    def counted(file: int, path: Path, offset: int, buffer: memoryview) -> None:
-        if path.parent == source:
-            read.append(len(buffer))
-        read_bytes(file, path, offset, buffer)
-
-    monkeypatch.setattr("pyfold.io.safetensors.read_bytes", counted)
+    read = count_reads(source, monkeypatch)
     for layers, heads in ((None, 0), ("1", 0), ("1", 0.5)):
-        options = {"calibration": text, "layers": layers, "ratio": 0.25, "heads_ratio": heads}
+        options = {"calibration": whole_text, "layers": layers, "ratio": 0.25, "heads_ratio": heads}
         planned = forecast(prepare(source, host_memory=None, **OPTIONS | options))
         read.clear()
         fold_checkpoint(source, tmp_path / f"{layers}-{heads}", metric="function", **options)
