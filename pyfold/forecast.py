@@ -40,7 +40,7 @@ _DISK_BYTES = 1 << 27  # of a probe, unless half a second is over before
 _PROBE_SECONDS = 0.5
 # Seconds per entry of G that are looked at; measured at N = 11008 and 28672 on rows like SmolLM2's, 2 cores of a Xeon with AMX.
 _WARD_START, _WARD_JOIN, _HARTIGAN = 2.8e-9, 1.2e-8, 5.3e-9
-_CLUSTERING_PROBE = (2048, 1638, 0.014)  # N, K, and seconds where those were measured
+_CLUSTERING_PROBE = (4096, 3276)  # N, K: where G outgrows the caches, as a layer's does
 _CLUSTERED = 512  # features of what a GPU is to cluster: 32768 points of them
 _SPILLED = 3e-9  # seconds a byte of G takes longer in a file: written twice over, read row by row (N = 28672)
 _MEMORY = 5e9  # bytes/s of merging, of checking, of making room: two passes at the bandwidth of memory, and page faults
@@ -232,7 +232,7 @@ def forecast(prepared: Prepared, destination: Path | None = None) -> Forecast:
 
 
 def probe(prepared: Prepared, dtypes: set[str], products: set[str], destination: Path | None) -> Rates:
-    """Measure the rates, of the Gram kernel and of torch's products by dtype: about a second, at most 3."""
+    """Measure the rates, of the Gram kernel and of torch's products by dtype: about two seconds, at most 3."""
     gpu = prepared.processor.gpu
     up, down = _copy_rates(gpu) if gpu else (float("inf"), float("inf"))
     generator = torch.Generator().manual_seed(0)
@@ -245,17 +245,17 @@ def probe(prepared: Prepared, dtypes: set[str], products: set[str], destination:
     for dtype in sorted(dtypes):
         points = _placed(x[:n, :n].to(torch_dtype(dtype)).contiguous(), gpu)
         multiply = partial(ops.gram, points, out=gram, backend=gpu.backend if gpu else prepared.backend)
-        speeds[dtype] = n * n * n / _best(multiply, 0.6 / len(dtypes), gpu)
+        speeds[dtype] = n * n * n / _best(multiply, 1.2 / len(dtypes), gpu)
         del points, multiply
     del gram
     factor = x[:_PRODUCT, :_PRODUCT].contiguous()
     if gpu and not prepared.budget.clustered_on_host:
         clustering = _clustering_rate(prepared, gpu, x)
     else:
-        n, k, seconds = _CLUSTERING_PROBE
+        n, k = _CLUSTERING_PROBE
         gram = ops.gram(x[:n, :1024].contiguous(), backend=prepared.backend)
         clustering = _best(partial(cluster, gram=gram, n_clusters=k, overwrite_gram=True, backend=prepared.backend), 0.4)
-        clustering /= seconds
+        clustering /= _clustering(n, k)
     blob = bytes(1 << 25)
     read = _read_rate(prepared.checkpoint)
     return Rates(
@@ -300,7 +300,7 @@ def _clustering_rate(prepared: Prepared, gpu: Gpu, x: Tensor) -> float:
     group, k = max(prepared.plan.groups, key=lambda planned: planned[0].width)
     points = x.view(-1, _CLUSTERED)
     most = min(group.width, len(points))
-    n = min(most, _CLUSTERING_PROBE[0])
+    n = min(most, _CLUSTERING_PROBE[0] // 2)
     while True:
         clusters, gram = max(1, n * k // group.width), gpu.empty((n, n), torch.float32)
         multiply = partial(ops.gram, _placed(points[:n], gpu), out=gram, backend=gpu.backend)
