@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from pyfold.clustering.regime import Explanation as Explanation
     from pyfold.clustering.regime import explain as explain
     from pyfold.evaluate import perplexity as perplexity
+    from pyfold.modules.fold import fold_model as fold_model
+    from pyfold.modules.saving import load_model as load_model
+    from pyfold.modules.saving import save_model as save_model
     from pyfold.ops import merge_columns as merge_columns
     from pyfold.ops import merge_rows as merge_rows
     from pyfold.pipeline import fold_checkpoint as fold_checkpoint
@@ -30,10 +33,13 @@ _HOME = {
     "cluster": "clustering",
     "explain": "clustering.regime",
     "fold_checkpoint": "pipeline",
+    "fold_model": "modules.fold",
     "kmeans": "clustering.kmeans",
+    "load_model": "modules.saving",
     "merge_columns": "ops",
     "merge_rows": "ops",
     "perplexity": "evaluate",
+    "save_model": "modules.saving",
     "verify_checkpoint": "verify",
 }
 __all__ = ["__version__", *sorted(_HOME)]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pyfold.families import FoldGroup
     from pyfold.forecast import Forecast
     from pyfold.function_forecast import Phase
+    from pyfold.modules.groups import UnitGroup
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class GroupReport:
     output_variance: float | None = None
 
     @staticmethod
-    def of(group: FoldGroup, clusters: Clustering, **seen: float | None) -> GroupReport:
+    def of(group: FoldGroup | UnitGroup, clusters: Clustering, **seen: float | None) -> GroupReport:
         """``seen``: what is known beside clusters."""
         return GroupReport(
             name=group.name,
@@ -101,14 +102,14 @@ class GpuReport:
 
 @dataclass(frozen=True)
 class FoldReport:
-    """The result of :func:`pyfold.fold_checkpoint`.
+    """The result of :func:`pyfold.fold_checkpoint` and :func:`pyfold.fold_model`.
 
     Attributes
     ----------
-    path : Path
-        Where the result is.
+    path : Path or None
+        Where the result is; None: in memory.
     profile : str
-        ``stock`` (the source's own architecture) or ``per-layer`` (needs ``trust_remote_code=True``).
+        ``stock`` (the source's own architecture) or ``per-layer`` (needs ``trust_remote_code=True``); ``module`` in memory.
     backend : str
         Backend and SIMD level.
     groups : list of GroupReport
@@ -123,7 +124,7 @@ class FoldReport:
     gpu : GpuReport or None
     """
 
-    path: Path
+    path: Path | None
     profile: str
     backend: str
     groups: list[GroupReport]
@@ -143,12 +144,10 @@ class FoldReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {
-            **asdict(self),
-            "path": str(self.path),
-            "removed_share": self.removed_share,
-            "how_to_load": how_to_load(self.path, self.profile),
-        }
+        plain = {**asdict(self), "removed_share": self.removed_share}
+        if self.path is not None:
+            plain |= {"path": str(self.path), "how_to_load": how_to_load(self.path, self.profile)}
+        return plain
 
 
 def how_to_load(path: Path | str, profile: str) -> str:
@@ -195,8 +194,10 @@ def summary(report: FoldReport) -> str:
         f"time        {report.seconds:.1f} s, peak memory {report.peak_rss_bytes / 2**20:.0f} MiB, backend {report.backend}",
         *([_gpu_line(report.gpu)] if report.gpu else []),
         *(f"note        {note}" for note in report.notes),
-        f"written     {report.path}",
     ]
+    if report.path is None:
+        return "\n".join(lines)
+    lines.append(f"written     {report.path}")
     if report.profile == "stock":
         lines.append("profile     stock: all layers alike, loads anywhere without custom code")
     else:

@@ -1,0 +1,371 @@
+"""Modules folded in memory: units found in any graph, duplicates folded without loss, repairs that do what they say."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import pyfold
+from pyfold.modules import folding, inversion, repair
+from pyfold.modules.fold import _merged
+from pyfold.modules.groups import moved, unit_groups
+from pyfold.modules.units import trace
+
+
+class Residual(nn.Module):
+    """A convolutional network of any blocks."""
+
+    def __init__(self, blocks: list[str], width: int = 8) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.kinds, channels = blocks, width
+        self.layers = nn.ModuleList()
+        for kind in blocks:
+            block = nn.ModuleDict()
+            if kind == "residual":
+                block["a"], block["an"] = nn.Conv2d(channels, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+                block["b"], block["bn"] = nn.Conv2d(12, channels, 1), nn.BatchNorm2d(channels)
+            elif kind == "preactivation":
+                block["an"], block["a"] = nn.BatchNorm2d(channels), nn.Conv2d(channels, 8, 3, padding=1)
+                block["bn"], block["b"] = nn.BatchNorm2d(8), nn.Conv2d(8, channels, 3, padding=1)
+            elif kind == "concatenation":
+                block["a"] = nn.Conv2d(channels, 6, 3, padding=1, padding_mode="reflect")
+                channels += 6
+            elif kind == "depthwise":
+                block["a"], block["an"] = nn.Conv2d(channels, channels, 3, padding=1, groups=channels), nn.BatchNorm2d(channels)
+                block["b"] = nn.Conv2d(channels, channels, 1)
+            elif kind == "multiplied":
+                block["a"] = nn.Conv2d(channels, 2 * channels, 3, padding=1, groups=channels)
+                block["b"] = nn.Conv2d(2 * channels, channels, 1)
+            elif kind == "grouped":
+                block["a"], block["b"] = nn.Conv2d(channels, 16, 1), nn.Conv2d(16, 24, 3, padding=1, groups=4)
+                block["bn"], block["c"] = nn.BatchNorm2d(24), nn.Conv2d(24, channels, 1)
+            elif kind == "gated":
+                block["a"], block["p"] = nn.Conv2d(channels, 4, 1), nn.PReLU(4)
+                block["b"] = nn.Conv2d(4, channels, 1)
+            elif kind == "transposed":
+                block["a"], block["b"] = nn.ConvTranspose2d(channels, 6, 2, stride=2), nn.Conv2d(6, channels, 2, stride=2)
+            self.layers.append(block)
+        self.head = nn.Sequential(nn.Linear(channels * 4, 20), nn.GELU(), nn.Linear(20, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        for kind, block in zip(self.kinds, self.layers, strict=True):
+            if kind == "residual":
+                x = F.relu(x + block["bn"](block["b"](F.relu(block["an"](block["a"](x))))))
+            elif kind == "preactivation":
+                x = x + block["b"](F.relu(block["bn"](block["a"](F.relu(block["an"](x))))))
+            elif kind == "concatenation":
+                x = torch.cat([x, torch.tanh(block["a"](x))], 1)
+            elif kind == "depthwise":
+                x = x + block["b"](F.relu6(block["an"](block["a"](x))))
+            elif kind == "multiplied":
+                x = x + block["b"](F.silu(block["a"](x)))
+            elif kind == "grouped":
+                x = x + block["c"](F.relu(block["bn"](block["b"](F.relu(block["a"](x))))))
+            elif kind == "gated":
+                x = x * torch.sigmoid(block["b"](block["p"](block["a"](x.mean((2, 3), keepdim=True)))))
+            elif kind == "transposed":
+                x = x + block["b"](F.relu(block["a"](x)))
+        return self.head(F.adaptive_avg_pool2d(x, 2).flatten(1))
+
+
+KINDS = ["residual", "preactivation", "concatenation", "depthwise", "multiplied", "grouped", "gated", "transposed"]
+
+
+def randomised(module: nn.Module, seed: int) -> nn.Module:
+    """With BatchNorms that do something, as a trained one's."""
+    generator = torch.Generator().manual_seed(seed)
+    for each in module.modules():
+        if isinstance(each, nn.BatchNorm2d):
+            for tensor in (each.weight, each.bias, each.running_mean):
+                tensor.data = torch.randn(tensor.shape, generator=generator)
+            each.running_var.data = 0.5 + torch.rand(each.running_var.shape, generator=generator)
+    return module.eval()
+
+
+def with_duplicates(module: nn.Module, inputs: tuple[Tensor, ...], seed: int):
+    """Units of every group made equal to others of it, at random; the groups' labels say which."""
+    traced = trace(module, inputs)
+    groups, refused = unit_groups(traced)
+    generator = torch.Generator().manual_seed(seed)
+    state, labels = dict(module.state_dict()), {}
+    widths = {}
+    for number, group in enumerate(groups):
+        k = widths.setdefault(group.tied, max(1, group.width * 2 // 3))
+        of = torch.cat([torch.arange(k), torch.randint(k, (group.width - k,), generator=generator)])
+        _, inverse = of.unique(return_inverse=True)
+        labels[number] = inverse
+        first = torch.stack([(inverse == cluster).nonzero()[0, 0] for cluster in range(k)])[inverse]
+        for axis, places in group.places.items():
+            if group.roles[axis] != "in":
+                lies = slice(None)
+                if axis.block is not None:
+                    rows = len(traced.axes[axis])
+                    lies = slice(axis.block * rows, (axis.block + 1) * rows)
+                part = state[axis.name][lies].movedim(axis.dim, 0)
+                part[places] = part[places[first]].clone()
+    return traced, groups, refused, labels
+
+
+@given(blocks=st.lists(st.sampled_from(KINDS), min_size=1, max_size=4), seed=st.integers(0, 1000), scaled=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_duplicates_fold_without_loss(blocks: list[str], seed: int, scaled: bool) -> None:
+    torch.manual_seed(seed)
+    module = randomised(Residual(blocks), seed)
+    x = torch.randn(2, 3, 8, 8)
+    traced, groups, _, labels = with_duplicates(module, (x[:1],), seed)
+    before = copy.deepcopy(module.state_dict())
+    folded = _merged(module, traced, folding.state_of(module), moved(traced, groups, labels), scaled=scaled)
+    assert sum(p.numel() for p in folded.parameters()) < 0.8 * sum(p.numel() for p in module.parameters())
+    expected = module(x).detach()
+    assert torch.allclose(folded(x), expected, atol=1e-4 * float(expected.abs().max()))
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_its_groups(kind: str) -> None:
+    """Nothing that could be folded is left out: every convolution is, but what is the output's or the input's."""
+    module = Residual([kind]).eval()
+    groups, refused = unit_groups(trace(module, (torch.zeros(1, 3, 8, 8),)))
+    made = {layer for group in groups for layer in group.name.split("+")}
+    layers = {name for name, each in module.named_modules() if isinstance(each, (nn.Linear, nn.modules.conv._ConvNd))}
+    assert layers - made == {"head.2"}
+    assert refused == {"head.2": "they are the module's output"}
+
+
+def test_ratio_zero_is_the_identity() -> None:
+    module = randomised(Residual(KINDS), 0)
+    folded, report = pyfold.fold_model(module, ratio=0.0, example_inputs=torch.zeros(1, 3, 8, 8))
+    for (name, one), other in zip(module.state_dict().items(), folded.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    assert report.groups == []
+    assert report.removed_share == 0
+
+
+@pytest.mark.parametrize("repair_with", [None, "ar"])
+def test_fold_and_parameters(repair_with: str | None) -> None:
+    module = randomised(Residual(KINDS), 1).train()
+    total = sum(p.numel() for p in module.parameters())
+    x = torch.randn(1, 3, 8, 8)
+    folded, report = pyfold.fold_model(module, target_params=total // 2, example_inputs=x, repair=repair_with)
+    left = sum(p.numel() for p in folded.parameters())
+    assert 0.4 * total < left <= total // 2
+    assert (report.parameters_before, report.parameters_after) == (total, left)
+    assert folded.training
+    assert folded.eval()(x).isfinite().all()
+    convolution = folded.layers[5]["b"]
+    assert convolution.weight.shape == (convolution.out_channels, convolution.in_channels // 4, 3, 3)
+    folded(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert all(p.grad is not None for p in folded.parameters())
+
+
+def test_merged_channels_have_variance_one_on_white_inputs() -> None:
+    """Fold-AR's scale: with white inputs a merged channel's normalised output has the variance that its members' had."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(4, 6, 1, bias=False), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)).eval()
+    x = torch.randn(64, 4, 32, 32)
+    repair.reestimate(module, [x])
+    traced = trace(module, (x[:1],))
+    groups, _ = unit_groups(traced)
+    where = moved(traced, groups, {0: torch.tensor([0, 1, 0, 2, 2, 2])})
+    folded = _merged(module, traced, folding.state_of(module), where, scaled=True)
+    var = folded[1](folded[0](x)).detach().var((0, 2, 3))
+    assert torch.allclose(var, torch.ones(3), atol=0.05)
+    plain = _merged(module, traced, folding.state_of(module), where, scaled=False)
+    assert float(plain[1](plain[0](x)).detach().var((0, 2, 3)).min()) < 0.8
+
+
+class Odd(nn.Module):
+    """What cannot be folded, and has to be said."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.a, self.b, self.free = kind, nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 16, 1)
+        self.out = nn.Conv2d(16, 12, 1)
+        self.norm = nn.GroupNorm(2, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.kind == "padded":
+            x = F.pad(x, (0, 0, 0, 0, 2, 2))[:, 2:10]
+        elif self.kind == "halves":
+            x = torch.cat(x.chunk(2, 1)[::-1], 1)
+        elif self.kind == "shuffled":
+            x = x.view(-1, 2, 4, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
+        elif self.kind == "normalised together":
+            x = self.norm(x)
+        elif self.kind == "unknown":
+            x = x.sort(1).values
+        elif self.kind == "constant":
+            x = x * torch.arange(8.0).view(8, 1, 1)
+        elif self.kind == "softmax":
+            x = x.softmax(1)
+        return self.out(F.relu(self.free(self.b(x))))
+
+
+@pytest.mark.parametrize("kind", ["padded", "halves", "shuffled", "normalised together", "unknown", "constant", "softmax"])
+def test_what_cannot_be_folded_is_left_alone(kind: str) -> None:
+    module, x = Odd(kind).eval(), torch.randn(1, 3, 4, 4)
+    folded, report = pyfold.fold_model(module, ratio=0.5, example_inputs=x)
+    assert {group.name for group in report.groups} == {"b", "free"}
+    assert any(note.startswith("not folded: a: ") for note in report.notes), report.notes
+    assert folded(x).shape == module(x).shape
+
+
+def test_a_width_written_into_forward_is_refused() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).mean((2, 3)).view(-1, 8))
+
+    with pytest.raises(ValueError, match=r"does not run .* leave their layers out with layers="):
+        pyfold.fold_model(Fixed(), ratio=0.5, example_inputs=torch.zeros(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either ratio= or target_params="),
+        ({"ratio": 0.5, "target_params": 10}, "either ratio= or target_params="),
+        ({"ratio": 1.0}, "ratio: expected at least 0 and less than 1, got 1.0"),
+        ({"target_params": 3}, "target_params: 3 is less than"),
+        ({"ratio": 0.5, "repair": "best"}, "repair: expected one of None, 'ar', 'dir', 'data', got 'best'"),
+        ({"ratio": 0.5, "repair": "data"}, 'data: expected with repair="data"'),
+        ({"ratio": 0.5, "layers": "nowhere*"}, "layers: 'nowhere\\*' matches none of stem"),
+    ],
+)
+def test_bad_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pyfold.fold_model(Residual(["residual"]), example_inputs=torch.zeros(1, 3, 8, 8), **options)
+
+
+def test_bad_modules() -> None:
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got str"):
+        pyfold.fold_model("resnet", ratio=0.5, example_inputs=torch.zeros(1))
+    with pytest.raises(ValueError, match="nothing to fold"):
+        pyfold.fold_model(nn.Linear(3, 2), ratio=0.5, example_inputs=torch.zeros(1, 3))
+    broken = Residual(["residual"])
+    with torch.no_grad():
+        broken.stem.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"stem.weight: expected finite values"):
+        pyfold.fold_model(broken, ratio=0.5, example_inputs=torch.zeros(1, 3, 8, 8))
+    mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match="no BatchNorm with statistics to invert"):
+        pyfold.fold_model(mlp, ratio=0.5, example_inputs=torch.zeros(1, 4), repair="dir")
+
+
+def test_layers_by_pattern() -> None:
+    module = Residual(["residual", "residual"]).eval()
+    _, report = pyfold.fold_model(module, ratio=0.5, example_inputs=torch.zeros(1, 3, 8, 8), layers="layers.1.a")
+    assert [(group.name, group.width, group.folded_width) for group in report.groups] == [("layers.1.a", 12, 6)]
+
+
+def test_saved_and_loaded(tmp_path) -> None:
+    module, x = randomised(Residual(KINDS), 2), torch.randn(2, 3, 8, 8)
+    folded, _ = pyfold.fold_model(module, ratio=0.4, example_inputs=x[:1])
+    pyfold.save_model(folded, tmp_path / "folded")
+    loaded = pyfold.load_model(module, tmp_path / "folded")
+    for (name, one), other in zip(folded.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    assert torch.allclose(loaded(x), folded(x), atol=1e-5)
+    with pytest.raises(ValueError, match="wrong architecture"):
+        pyfold.load_model(Residual(["residual"]), tmp_path / "folded")
+    with pytest.raises(ValueError, match="not what save_model writes"):
+        pyfold.load_model(module, tmp_path)
+    (tmp_path / "folded" / "model.safetensors").write_bytes(b"\1" * 100)
+    with pytest.raises(ValueError, match="not what save_model writes"):
+        pyfold.load_model(module, tmp_path / "folded")
+
+
+def test_exported() -> None:
+    """A folded module is an ordinary one: torch.export takes it."""
+    module, x = randomised(Residual(KINDS), 3), torch.randn(1, 3, 8, 8)
+    folded, _ = pyfold.fold_model(module, ratio=0.4, example_inputs=x)
+    program = torch.export.export(folded, (x,))
+    assert torch.allclose(program.module()(x), folded(x), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """A small network trained on scikit-learn's digits; images and labels that it did not see."""
+    from sklearn.datasets import load_digits
+
+    torch.manual_seed(0)
+    images = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 8 - 1
+    labels = torch.tensor(load_digits().target)
+    order = torch.randperm(len(images))
+    images, labels = images[order], labels[order]
+    module = nn.Sequential(
+        *[nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()],
+        *[nn.Conv2d(32, 64, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(64), nn.ReLU()],
+        *[nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()],
+        *[nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)],
+    )
+    optimizer = torch.optim.Adam(module.parameters(), 3e-3)
+    for _ in range(6):
+        for batch in torch.randperm(1200).split(64):
+            loss = F.cross_entropy(module(images[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return module.eval(), images, labels
+
+
+def accuracy(module: nn.Module, images: Tensor, labels: Tensor) -> float:
+    with torch.no_grad():
+        return float((module(images[1200:]).argmax(1) == labels[1200:]).float().mean())
+
+
+def test_repairs_help(digits) -> None:
+    module, images, labels = digits
+    dense = accuracy(module, images, labels)
+    assert dense > 0.95
+    options = {"ratio": 0.5, "example_inputs": images[:1]}
+    scores = {
+        "none": pyfold.fold_model(module, **options, repair=None)[0],
+        "ar": pyfold.fold_model(module, **options, repair="ar")[0],
+        "dir": pyfold.fold_model(module, **options, repair="dir", n_images=64, steps=40)[0],
+        "data": pyfold.fold_model(module, **options, repair="data", data=images[:256])[0],
+    }
+    reached = {name: accuracy(folded, images, labels) for name, folded in scores.items()}
+    assert reached["none"] < reached["ar"], reached
+    assert reached["none"] < reached["dir"], reached
+    assert min(reached["dir"], reached["data"]) > dense - 0.05, reached
+    assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), digits[0].state_dict().values(), strict=True))
+
+
+def test_inversion_finds_the_statistics(digits) -> None:
+    module, _, _ = digits
+    seen: list[Tensor] = []
+    hook = module[4].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    found = inversion.invert(module, (1, 8, 8), n_images=64, steps=60, seed=1)
+    noise = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        module(found), module(noise)
+    hook.remove()
+    far = [((each.mean((0, 2, 3)) - module[4].running_mean) / module[4].running_var.sqrt()).abs().mean() for each in seen[-2:]]
+    assert far[0] < 0.2 < far[1], far
+    assert torch.equal(found, inversion.invert(module, (1, 8, 8), n_images=64, steps=60, seed=1))
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_regression_on_data_that_determines_it() -> None:
+    """Where folded units say all that the dense ones do, the dense output comes back."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 3)).eval()
+    x = torch.randn(512, 6)
+    folded, _ = pyfold.fold_model(module, ratio=0.5, example_inputs=x[:1], layers="0", repair=None)
+    assert not torch.allclose(folded(x), module(x), atol=5e-2)
+    target = repair.Target(module[1].weight.detach(), module[1].bias.detach(), True)
+    repair.regress(module, folded, {"1": target}, [x], ridge=1e-9)
+    assert torch.allclose(folded(x), module(x), atol=2e-3)
