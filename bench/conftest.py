@@ -44,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--scale", choices=("small", "full"), default="full", help="small: seconds, to see that it works")
     group.addoption("--cache", default=".cache", metavar="DIR", help="where checkpoints are made and kept")
     group.addoption("--text", metavar="FILE", help="quality, heads: WikiText-2's raw test file")
+    group.addoption("--data", metavar="DIR", help="cnn: CIFAR-10 checkpoints and images")
     group.addoption("--layers", type=int, metavar="N", help="stream, reader: a checkpoint of N layers; its JSON is not written")
 
 
