@@ -1,4 +1,4 @@
-"""Structured magnitude pruning, for comparison: the units with the largest rows stay, at the widths that folding would choose."""
+"""Structured magnitude pruning, for comparison: units with the largest rows stay, at the widths that folding would choose."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ def prune(module: nn.Module, example: Tensor, target_params: int, norm: int, ima
     kept: dict[Axis, Tensor] = {}
     for group, k in zip(groups, _widths_for(traced, state, groups, names, target_params), strict=True):
         rows = [axis for axis in group.places if group.roles[axis] == "out"]
-        size = sum(
-            folding.along(state[axis.name], traced, axis)[group.places[axis]].flatten(1).norm(norm, 1) ** norm for axis in rows
-        )
+        parts = [folding.along(state[axis.name], traced, axis)[group.places[axis]].flatten(1) for axis in rows]
+        size = torch.cat(parts, 1).norm(norm, 1)
         stays = torch.zeros(group.width, dtype=torch.bool)
         stays[size.topk(k).indices] = True
         for axis, places in group.places.items():
