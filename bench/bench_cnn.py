@@ -3,8 +3,8 @@
 Run by hand: ``pytest bench/bench_cnn.py --data DIR [--scale small]``. DIR holds CIFAR-10 checkpoints with ``cifar_models.py``,
 the 10,000 test images and 4,000 training images as JPEGs, and 1,017 lossless test images. Every group of channels loses the
 same share, so that the share of parameters asked for is removed. Synthesised images depend on the dense network alone: made
-once for each seed, used at every share. Pruning keeps, of the same widths, the units whose rows have the largest L1 or L2 norm, and
-gets the same repair. Accuracies in percent; ``lost`` against the dense network, in points.
+once for each seed, used at every share. Pruning keeps, of the same widths, the units whose rows have the largest L1 or L2 norm,
+and gets the same repair. Accuracies in percent; ``lost`` against the dense network, in points.
 """
 
 from __future__ import annotations
