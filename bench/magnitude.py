@@ -35,7 +35,7 @@ def prune(module: nn.Module, example: Tensor, target_params: int, norm: int, ima
     out = folding.with_state(module, pruned)
     if images is None:
         return out
-    normalised = {each.rows.name for each in traced.normalised}
+    normalised = {producer.rows.name for producer, _ in folding.normalised(traced)}
     targets = {}
     for axis in kept:
         if traced.roles[axis] == "in":

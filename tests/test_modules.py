@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import pyfold
-from pyfold.modules import folding, inversion, repair
-from pyfold.modules.fold import _merged
-from pyfold.modules.groups import moved, unit_groups
+from pyfold.modules import inversion, repair
+from pyfold.modules.fold import merge
+from pyfold.modules.groups import unit_groups
 from pyfold.modules.units import trace
 
 
@@ -114,15 +114,15 @@ def with_duplicates(module: nn.Module, inputs: tuple[Tensor, ...], seed: int):
     return traced, groups, refused, labels
 
 
-@given(blocks=st.lists(st.sampled_from(KINDS), min_size=1, max_size=4), seed=st.integers(0, 1000), scaled=st.booleans())
+@given(blocks=st.lists(st.sampled_from(KINDS), min_size=1, max_size=4), seed=st.integers(0, 1000), closed_form=st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_duplicates_fold_without_loss(blocks: list[str], seed: int, scaled: bool) -> None:
+def test_duplicates_fold_without_loss(blocks: list[str], seed: int, closed_form: bool) -> None:
     torch.manual_seed(seed)
     module = randomised(Residual(blocks), seed)
     x = torch.randn(2, 3, 8, 8)
     traced, groups, _, labels = with_duplicates(module, (x[:1],), seed)
     before = copy.deepcopy(module.state_dict())
-    folded = _merged(module, traced, folding.state_of(module), moved(traced, groups, labels), scaled=scaled)
+    folded = merge(module, traced, groups, labels, closed_form=closed_form)
     assert sum(p.numel() for p in folded.parameters()) < 0.8 * sum(p.numel() for p in module.parameters())
     expected = module(x).detach()
     assert torch.allclose(folded(x), expected, atol=1e-4 * float(expected.abs().max()))
@@ -174,12 +174,76 @@ def test_merged_channels_have_variance_one_on_white_inputs() -> None:
     repair.reestimate(module, [x])
     traced = trace(module, (x[:1],))
     groups, _ = unit_groups(traced)
-    where = moved(traced, groups, {0: torch.tensor([0, 1, 0, 2, 2, 2])})
-    folded = _merged(module, traced, folding.state_of(module), where, scaled=True)
+    labels = {0: torch.tensor([0, 1, 0, 2, 2, 2])}
+    folded = merge(module, traced, groups, labels, closed_form=True)
     var = folded[1](folded[0](x)).detach().var((0, 2, 3))
     assert torch.allclose(var, torch.ones(3), atol=0.05)
-    plain = _merged(module, traced, folding.state_of(module), where, scaled=False)
+    plain = merge(module, traced, groups, labels, closed_form=False)
     assert float(plain[1](plain[0](x)).detach().var((0, 2, 3)).min()) < 0.8
+
+
+def test_a_stream_keeps_the_variance_that_it_will_have() -> None:
+    """A BatchNorm that reads a residual stream: with white inputs it remembers the variance of the merged channels."""
+
+    class Preactivation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 6, 1, bias=False), nn.Conv2d(4, 6, 1, bias=False)
+            self.norm, self.out = nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.norm(self.a(x[:, :, ::2]) + self.b(x[:, :, 1::2])))
+
+    torch.manual_seed(0)
+    module = Preactivation().eval()
+    x = torch.randn(64, 4, 32, 32)
+    repair.reestimate(module, [x])
+    traced = trace(module, (x[:1],))
+    groups, _ = unit_groups(traced)
+    assert [group.name for group in groups] == ["a+b"]
+    folded = merge(module, traced, groups, {0: torch.tensor([0, 1, 0, 2, 2, 2])}, closed_form=True)
+    remembered = folded.norm.running_var.clone()
+    repair.reestimate(folded, [x])
+    assert torch.allclose(remembered, folded.norm.running_var, rtol=0.05)
+
+
+def test_a_layer_that_runs_twice() -> None:
+    """Its BatchNorms differ, so its rows are not normalised, and it is not regressed on one of its inputs."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.shared, self.out = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+            self.one, self.two = nn.BatchNorm1d(8), nn.BatchNorm1d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.one(self.shared(torch.relu(self.a(x)))))
+            return self.out(torch.relu(self.two(self.shared(x))))
+
+    torch.manual_seed(0)
+    module, x = Twice().train(), torch.randn(256, 6)
+    module(x)
+    module.eval()
+    traced, groups, _, labels = with_duplicates(module, (x[:2],), 0)
+    assert [each.producer for each in traced.normalisations] == [None, None]
+    expected = module(x)
+    assert torch.allclose(merge(module, traced, groups, labels, closed_form=True)(x), expected, atol=1e-4)
+    folded, _ = pyfold.fold_model(module, ratio=0.5, example_inputs=x[:2], repair="data", data=x)
+    assert folded(x).isfinite().all()
+
+
+def test_vit_feed_forward() -> None:
+    """transformers' ViT: its feed-forward units fold; what attention and LayerNorm take together stays, and is said."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+    )
+    module, x = ViTForImageClassification(config).eval(), torch.randn(2, 3, 32, 32)
+    folded, report = pyfold.fold_model(module, ratio=0.5, example_inputs=x[:1])
+    assert [(group.width, group.folded_width) for group in report.groups] == [(64, 32)] * 2
+    assert any("layer_norm" in note for note in report.notes)
+    assert folded(x).logits.shape == module(x).logits.shape
 
 
 class Odd(nn.Module):
@@ -207,10 +271,18 @@ class Odd(nn.Module):
             x = x * torch.arange(8.0).view(8, 1, 1)
         elif self.kind == "softmax":
             x = x.softmax(1)
+        elif self.kind == "written into":
+            y = torch.zeros_like(x)
+            y[:, :4] = x[:, 4:]
+            x = y + x
+        elif self.kind == "numpy":
+            x = torch.from_numpy(x.detach().numpy() * 2)
         return self.out(F.relu(self.free(self.b(x))))
 
 
-@pytest.mark.parametrize("kind", ["padded", "halves", "shuffled", "normalised together", "unknown", "constant", "softmax"])
+@pytest.mark.parametrize(
+    "kind", ["padded", "halves", "shuffled", "normalised together", "unknown", "constant", "softmax", "written into", "numpy"]
+)
 def test_what_cannot_be_folded_is_left_alone(kind: str) -> None:
     module, x = Odd(kind).eval(), torch.randn(1, 3, 4, 4)
     folded, report = pyfold.fold_model(module, ratio=0.5, example_inputs=x)

@@ -98,10 +98,13 @@ def fold_model(
         for number, (group, k) in enumerate(zip(groups, widths, strict=True))
         if k < group.width
     }
-    where = moved(traced, groups, {number: each.labels for number, each in clusters.items()})
-    folded = _merged(module, traced, state, where, scaled=repair == "ar")
+    labels = {number: each.labels for number, each in clusters.items()}
+    where = moved(traced, groups, labels)
+    folded = merge(module, traced, groups, labels, closed_form=repair == "ar")
     _check_runs(module, folded, inputs)
     images = None
+    if repair in ("dir", "data") and (len(inputs) != 1 or not inputs[0].is_floating_point()):
+        raise PyfoldError(f'repair="{repair}": expected a module of one floating-point input, got {len(inputs)} inputs')
     if repair == "dir" and clusters:
         shape = tuple(inputs[0].shape[1:])
         images = inversion.invert(module, shape, n_images=n_images, steps=steps, seed=seed, progress=progress)
@@ -184,21 +187,27 @@ def _widths_for(traced: Traced, state: folding.State, groups: list[UnitGroup], n
     return _widths(groups, high)
 
 
-def _merged(module: nn.Module, traced: Traced, state: folding.State, where: dict[Axis, Tensor], *, scaled: bool) -> nn.Module:
-    if not scaled:
-        return folding.with_state(module, folding.merged_state(traced, state, where))
-    merged = folding.merged_state(traced, folding.normalised_rows(traced, state, where), where)
-    for name, scale in folding.scales(traced, state, where).items():
-        merged[name] = (merged[name].float() * scale).to(merged[name].dtype)
+def merge(
+    module: nn.Module, traced: Traced, groups: Sequence[UnitGroup], labels: folding.Labels, *, closed_form: bool
+) -> nn.Module:
+    """A copy with each cluster's units merged. ``closed_form``: rows normalised before averaging, variances repaired."""
+    state, where = folding.state_of(module), moved(traced, groups, labels)
+    before = folding.normalised_rows(traced, state, where) if closed_form else state
+    merged = folding.merged_state(traced, before, where)
+    if closed_form:
+        merged = folding.rescaled(traced, state, merged, where, groups, labels)
     return folding.with_state(module, {name: tensor.to(state[name].dtype) for name, tensor in merged.items()})
 
 
 def _targets(module: nn.Module, traced: Traced, state: folding.State, where: dict[Axis, Tensor]) -> dict[str, repairs.Target]:
-    """Layers to regress, those that read folded units and have no groups, in the order in which they run."""
+    """Layers to regress, in the order in which they run: those that read folded units, run once, and have no groups."""
     rows = {**state, **folding.merged_state(traced, state, where, rows_only=True)}
-    normalised = {each.rows.name for each in traced.normalised}
+    normalised = {producer.rows.name for producer, _ in folding.normalised(traced)}
     targets = {}
-    for name in dict.fromkeys(axis.name for axis in traced.axes if axis in where and traced.roles[axis] == "in"):
+    reads = dict.fromkeys(axis.name for axis in traced.axes if axis in where and traced.roles[axis] == "in")
+    for name in reads:
+        if name in traced.repeated:
+            continue
         prefix = name.rpartition(".")[0]
         layer = module.get_submodule(prefix)
         if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pyfold import ops
 from pyfold.modules.groups import UnitGroup
-from pyfold.modules.units import Axis, Normalised, Traced
+from pyfold.modules.units import Axis, Normalisation, Producer, Traced
 
 State = dict[str, Tensor]
+Labels = Mapping[int, Tensor]  # by number of a group, of each of its units the cluster
 
 
 def state_of(module: nn.Module) -> State:
@@ -21,12 +22,16 @@ def state_of(module: nn.Module) -> State:
     return {name: tensor.detach() for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
 
 
-def affine(state: State, each: Normalised) -> tuple[Tensor, Tensor, Tensor]:
-    """What a BatchNorm does: x -> weight (x - mean) / deviation + shift; (weight, deviation, shift), fp32."""
-    deviation = (state[each.var].float() + each.eps).sqrt()
-    weight = torch.ones_like(deviation) if each.weight is None else state[each.weight].float()
-    shift = torch.zeros_like(deviation) if each.shift is None else state[each.shift].float()
-    return weight, deviation, shift
+def normalised(traced: Traced) -> Iterator[tuple[Producer, Normalisation]]:
+    """BatchNorms that alone read what one layer makes, with that layer."""
+    for each in traced.normalisations:
+        if each.producer is not None:
+            yield each.producer, each
+
+
+def deviation(state: State, each: Normalisation) -> Tensor:
+    """What a BatchNorm divides by, (N,) fp32."""
+    return (state[each.var].float() + each.eps).sqrt()
 
 
 def normalised_rows(traced: Traced, state: State, where: Mapping[Axis, Tensor] | None = None) -> State:
@@ -35,36 +40,36 @@ def normalised_rows(traced: Traced, state: State, where: Mapping[Axis, Tensor] |
     ``where``: only those that ``moved`` joins with others; None: all.
     """
     state = dict(state)
-    for each in traced.normalised:
-        _, deviation, _ = affine(state, each)
+    for producer, each in normalised(traced):
+        divisor = deviation(state, each)
         if where is not None:
-            if each.rows not in where:
+            if producer.rows not in where:
                 continue
-            to = where[each.rows]
-            deviation = deviation.where(to.bincount()[to] > 1, 1.0)
-        rows = state[each.rows.name].float()
-        state[each.rows.name] = rows / deviation.view(-1, *[1] * (rows.dim() - 1))
-        if each.bias is not None:
-            state[each.bias] = state[each.bias].float() / deviation
-        state[each.mean] = state[each.mean].float() / deviation
+            to = where[producer.rows]
+            divisor = divisor.where(to.bincount()[to] > 1, 1.0)
+        rows = state[producer.rows.name].float()
+        state[producer.rows.name] = rows / divisor.view(-1, *[1] * (rows.dim() - 1))
+        if producer.bias is not None:
+            state[producer.bias] = state[producer.bias].float() / divisor
+        state[each.mean] = state[each.mean].float() / divisor
         var = state[each.var].float()
-        state[each.var] = torch.where(deviation == 1, var, (var + each.eps) / deviation**2 - each.eps)
+        state[each.var] = torch.where(divisor == 1, var, (var + each.eps) / divisor**2 - each.eps)
     return state
 
 
 def features(traced: Traced, state: State, group: UnitGroup) -> Tensor:
     """(N, D) float32: the rows that make a unit, as BatchNorm scales them, what stands beside it, the columns that read it."""
-    normalised = normalised_rows(traced, state)
-    gains = {each.rows: affine(state, each)[0] for each in traced.normalised}
-    inside = {name for each in traced.normalised for name in (each.mean, each.var, each.bias)}
+    rows = normalised_rows(traced, state)
+    gains = {producer.rows: state[each.weight].float() for producer, each in normalised(traced) if each.weight is not None}
+    left_out = {name for each in traced.normalisations for name in (each.mean, each.var)}
+    left_out |= {producer.bias for producer, _ in normalised(traced) if producer.bias is not None}
     parts = []
     for axis, places in group.places.items():
-        if axis.name in inside or axis.name in traced.statistics:
-            continue
-        values = along(normalised[axis.name], traced, axis)
-        if axis in gains:
-            values = values * gains[axis][:, None]
-        parts.append(values[places].reshape(len(places), -1))
+        if axis.name not in left_out:
+            values = along(rows[axis.name], traced, axis)
+            if axis in gains:
+                values = values * gains[axis][:, None]
+            parts.append(values[places].reshape(len(places), -1))
     return torch.cat(parts, 1)
 
 
@@ -118,23 +123,49 @@ def _merge(tensor: Tensor, dim: int, to: Tensor, role: str) -> Tensor:
     return flat.view(clusters, *rows.shape[1:]).movedim(0, dim)
 
 
-def scales(traced: Traced, state: State, where: Mapping[Axis, Tensor]) -> State:
-    """Fold-AR: of each BatchNorm's weight, what its merged channels have to be multiplied by, (K,).
+def rescaled(
+    traced: Traced, state: State, merged: State, where: Mapping[Axis, Tensor], groups: Sequence[UnitGroup], labels: Labels
+) -> State:
+    """Fold-AR: the merged state with variances as they are after averaging.
 
-    A mean of N_c rows whose outputs have variance 1 and correlation E[c] on average has variance
-    ``1/s²``, ``s = N_c / √(N_c + (N_c² − N_c) E[c])``; with white inputs correlations are the cosines of the rows, and s is
-    ``1 / ‖mean of unit rows‖`` (Wang et al. 2025, section 4.3).
+    A mean of N_c rows whose outputs have variance 1 and correlation E[c] on average has variance ``1/s²``,
+    ``s = N_c / √(N_c + (N_c² − N_c) E[c])``; with white inputs correlations are the cosines of the rows, and s is
+    ``1 / ‖mean of unit rows‖`` (Wang et al. 2025, section 4.3). BatchNorm's weight is multiplied by s. One that reads a sum of
+    layers (a residual stream) instead remembers the variance ``‖mean of σ_i unit rows‖²``, of the rows of all those layers.
     """
-    out = {}
-    for each in traced.normalised:
-        if each.rows in where and each.weight is not None:
-            to = where[each.rows]
-            rows = along(state[each.rows.name], traced, each.rows)
-            unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
-            length = ops.merge_rows(unit, to, int(to.max()) + 1).norm(dim=1)
-            counts = to.bincount()
-            out[each.weight] = torch.where(counts > 1, 1 / length.clamp_min(1e-3), 1.0)
-    return out
+    merged = dict(merged)
+    for producer, each in normalised(traced):
+        if producer.rows in where:
+            to = where[producer.rows]
+            length = _mean_length(along(state[producer.rows.name], traced, producer.rows), torch.ones(len(to)), to)
+            scale = torch.where(to.bincount() > 1, 1 / length, 1.0)
+            if each.weight is not None:
+                merged[each.weight] = (merged[each.weight].float() * scale).to(merged[each.weight].dtype)
+            else:
+                merged[each.var] = (merged[each.var].float() + each.eps) / scale**2 - each.eps
+    for each in traced.normalisations:
+        for number, label in labels.items() if each.producer is None else ():
+            axis = Axis(each.var, 0)
+            if (places := groups[number].places.get(axis)) is None:
+                continue
+            made = [axis for axis in groups[number].places if traced.roles[axis] == "out"]
+            rows = torch.cat(
+                [along(state[name.name], traced, name)[groups[number].places[name]].flatten(1) for name in made], 1
+            )
+            counts = label.bincount()
+            variances = merged[each.var].clone()
+            for at in places.T:
+                length = _mean_length(rows, deviation(state, each)[at], label)
+                into = torch.zeros_like(counts).scatter_(0, label, where[axis][at])
+                variances[into[counts > 1]] = (length.square() - each.eps)[counts > 1].to(variances.dtype)
+            merged[each.var] = variances
+    return merged
+
+
+def _mean_length(rows: Tensor, scale: Tensor, labels: Tensor) -> Tensor:
+    """‖mean of scaled unit rows‖ of every cluster, (K,)."""
+    unit = scale[:, None] * rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return ops.merge_rows(unit.contiguous(), labels, int(labels.max()) + 1).norm(dim=1).clamp_min(1e-3 * float(scale.max()))
 
 
 def with_state(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

@@ -7,7 +7,7 @@ cluster keeps its place among those that stay, so that whatever moves numbers (c
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -111,7 +111,7 @@ def _tie(groups: list[UnitGroup], traced: Traced, refused: dict[str, str]) -> li
     ]
 
 
-def moved(traced: Traced, groups: list[UnitGroup], labels: Mapping[int, Tensor]) -> dict[Axis, Tensor]:
+def moved(traced: Traced, groups: Sequence[UnitGroup], labels: Mapping[int, Tensor]) -> dict[Axis, Tensor]:
     """Along each axis that is folded, where every index goes: (size,), int64, counted without those that go.
 
     ``labels``: by number of the group, of each unit its cluster; clusters are numbered in the order of their first units.

@@ -85,14 +85,20 @@ def regress(
         gram, cross = torch.zeros(size, size), torch.zeros(size, len(layer.weight))
         read, wanted, count = torch.zeros(size), torch.zeros(len(layer.weight)), 0
         for batch in batches:
-            want = _apply(source, _input(dense, source, batch), target.weight, target.bias)
+            had = _input(dense, source, batch)
+            if had is None:
+                break
+            want = _apply(source, had, target.weight, target.bias).float()
             with _on_batches(folded, remember=False):
                 seen = _input(folded, layer, batch)
+            assert seen is not None
             for patches, part in zip(_patches(layer, seen), want.split(_images_at_once(layer, seen)), strict=True):
                 outputs = part.movedim(1, 0).flatten(1)
                 gram.addmm_(patches, patches.T)
                 cross.addmm_(patches, outputs.T)
                 read, wanted, count = read + patches.sum(1), wanted + outputs.sum(1), count + patches.shape[1]
+        if not count:
+            continue  # forward uses the weight without running the layer
         if target.centred:
             gram.addr_(read, read, alpha=-1 / count)
             cross.addr_(read, wanted, alpha=-1 / count)
@@ -101,7 +107,7 @@ def regress(
         factor, failed = torch.linalg.cholesky_ex(gram)
         if failed:
             raise PyfoldError(f"{name}: what it reads is not finite, or too much alike to be regressed on; use more images")
-        solved = torch.cholesky_solve(cross + shrink * layer.weight.flatten(1).T, factor).T
+        solved = torch.cholesky_solve(cross + shrink * layer.weight.float().flatten(1).T, factor).T
         layer.weight.copy_(solved.view_as(layer.weight))
         if layer.bias is not None:
             layer.bias.copy_((wanted - solved @ read) / count)
@@ -119,8 +125,8 @@ class _Reached(Exception):
     """The layer that was waited for."""
 
 
-def _input(module: nn.Module, layer: nn.Module, batch: Tensor) -> Tensor:
-    """What a layer reads; what comes behind it does not run."""
+def _input(module: nn.Module, layer: nn.Module, batch: Tensor) -> Tensor | None:
+    """What a layer reads, None where it does not run; what comes behind it does not run."""
     seen: list[Tensor] = []
 
     def reached(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -134,7 +140,7 @@ def _input(module: nn.Module, layer: nn.Module, batch: Tensor) -> Tensor:
         pass
     finally:
         hook.remove()
-    return seen[0]
+    return seen[0] if seen else None
 
 
 def _apply(layer: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -152,10 +158,10 @@ def _images_at_once(layer: nn.Conv2d | nn.Linear, x: Tensor) -> int:
 def _patches(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Iterator[Tensor]:
     """(size, positions) of so many images at once: columns that the layer's weight, (K, size), is multiplied by."""
     if isinstance(layer, nn.Linear):
-        yield x.flatten(0, -2).T
+        yield x.flatten(0, -2).T.float()
         return
     padded, mode = layer._reversed_padding_repeated_twice, layer.padding_mode
-    for part in x.split(_images_at_once(layer, x)):
+    for part in x.float().split(_images_at_once(layer, x)):
         around = F.pad(part, padded, mode="constant" if mode == "zeros" else mode)
         yield F.unfold(around, layer.kernel_size, layer.dilation, 0, layer.stride).movedim(1, 0).flatten(1)
 

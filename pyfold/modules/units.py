@@ -30,11 +30,18 @@ class Axis(NamedTuple):
     block: int | None = None
 
 
-class Normalised(NamedTuple):
-    """A BatchNorm that alone reads what a convolution or linear layer makes: the axis of its rows, its bias, the BatchNorm."""
+class Producer(NamedTuple):
+    """A convolution or linear layer: the axis of its rows, and its bias."""
 
     rows: Axis
     bias: str | None
+
+
+class Normalisation(NamedTuple):
+    """A BatchNorm with statistics. ``producer``: what it alone reads the output of; None: it reads a sum, a concatenation, or
+    what others read too."""
+
+    producer: Producer | None
     mean: str
     var: str
     weight: str | None
@@ -54,25 +61,27 @@ class Traced:
         ``out`` (rows that make units), ``in`` (columns that read them), ``rider`` (values beside them).
     pinned : dict of int to str
         Units that cannot be folded, and why.
-    normalised : list of Normalised
-    statistics : set of str
-        Buffers that hold what a normalisation remembers.
+    normalisations : list of Normalisation
+    repeated : set of str
+        Weights that more than one product uses.
     """
 
     axes: dict[Axis, Tensor] = field(default_factory=dict)
     roles: dict[Axis, str] = field(default_factory=dict)
     pinned: dict[int, str] = field(default_factory=dict)
-    normalised: list[Normalised] = field(default_factory=list)
-    statistics: set[str] = field(default_factory=set)
+    normalisations: list[Normalisation] = field(default_factory=list)
+    repeated: set[str] = field(default_factory=set)
 
 
 def trace(module: nn.Module, example_inputs: Sequence[Any]) -> Traced:
     """Run ``module`` on ``example_inputs``, in the mode it is in, and see which units it has."""
-    with torch.no_grad(), _Trace(module) as run:
-        for leaf in tree_leaves(module(*example_inputs)):
-            if isinstance(leaf, Tensor):
-                run.pin(run.units(leaf), "they are the module's output")
-        return run.result()
+    run = _Trace(module)
+    with torch.no_grad(), run:
+        outputs = module(*example_inputs)
+    for leaf in tree_leaves(outputs):
+        if isinstance(leaf, Tensor):
+            run.pin(run.units(leaf), "they are the module's output")
+    return run.result()
 
 
 class _Trace(TorchFunctionMode):
@@ -83,8 +92,8 @@ class _Trace(TorchFunctionMode):
         self._units: dict[int, Tensor] = {}
         self._seen: list[Tensor] = []  # or id() could be another's later
         self._used: Counter[int] = Counter()
-        self._made: dict[int, tuple[Axis, str | None]] = {}
-        self._normalised: list[tuple[int, Normalised]] = []
+        self._made: dict[int, Producer] = {}
+        self._normalised: list[tuple[int, Normalisation]] = []
         self._reasons: list[tuple[Tensor, str]] = []
         self._names = {id(tensor): name for name, tensor in [*module.named_buffers(), *module.named_parameters()]}
 
@@ -93,11 +102,13 @@ class _Trace(TorchFunctionMode):
         shapes = {id(leaf): leaf.shape for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         out = func(*args, **kwargs)
         outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if not outs:
-            return out
-        self._used.update(shapes.keys())
         name = resolve_name(func) or getattr(func, "__name__", str(func))
         self._name = name.rpartition(".")[2].strip("_")
+        if not outs:
+            if self._name in _LEAVES:
+                self._unknown(f"forward takes them out of torch by {name}", args, kwargs, [])
+            return out
+        self._used.update(shapes.keys())
         rule = _RULES.get(self._name)
         if rule is None or any(each.shape != shapes.get(id(each), each.shape) for each in outs):
             self._unknown(f"{name} takes them together", args, kwargs, outs)
@@ -169,7 +180,9 @@ class _Trace(TorchFunctionMode):
             for unit in units.tolist():
                 if unit != NOBODY:
                     traced.pinned.setdefault(self._root(unit), reason)
-        traced.normalised = [each for made, each in self._normalised if self._used[made] == 1]
+        for made, each in self._normalised:
+            alone = each.producer and self._used[made] == 1 and each.producer.rows.name not in traced.repeated
+            traced.normalisations.append(each if alone else each._replace(producer=None))
         return traced
 
     def _root(self, unit: int) -> int:
@@ -284,7 +297,7 @@ class _Trace(TorchFunctionMode):
         rows, columns = at
         width, made = weight.shape[columns], weight.shape[rows]
         read = self.along(self.units(x), x.dim() + dim)
-        first = Axis(name, rows) not in self._traced.axes
+        first = not any(Axis(name, rows, block) in self._traced.axes for block in (None, 0))
         if groups == 1:
             self.join(read, self.axis(Axis(name, columns), width, "in"))
             begun = self.axis(Axis(name, rows), made, "out")
@@ -304,8 +317,10 @@ class _Trace(TorchFunctionMode):
             else:
                 self.join(begun, self.axis(Axis(biased, 0), made, "rider"))
         self.put(out, _spread(begun, out.dim() + dim, out.shape))
-        if first and groups == 1 and rows == 0:
-            self._made[id(out)] = Axis(name, rows), biased
+        if not first:
+            self._traced.repeated.add(name)
+        if groups == 1 and rows == 0:
+            self._made[id(out)] = Producer(Axis(name, rows), biased)
 
     def _embedding(self, out: Tensor, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> None:
         name = self._names.get(id(weight))
@@ -333,10 +348,10 @@ class _Trace(TorchFunctionMode):
         for name in names:
             if name is not None:
                 self.join(along, self.axis(Axis(name, 0), len(along), "rider"))
-        self._traced.statistics |= {name for name in names[:2] if name is not None}
         self.put(out, _spread(along, 1, out.shape))
-        if self._name == "batch_norm" and id(x) in self._made and names[0] is not None and names[1] is not None:
-            self._normalised.append((id(x), Normalised(*self._made[id(x)], names[0], names[1], names[2], names[3], eps)))
+        if self._name == "batch_norm" and names[0] is not None and names[1] is not None:
+            made = Normalisation(self._made.get(id(x)), names[0], names[1], names[2], names[3], eps)
+            self._normalised.append((id(x), made))
 
     def _per_channel(self, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:
         """Within channels, dimension 1, whatever happens along those behind it."""
@@ -401,6 +416,7 @@ def _known(units: Tensor) -> set[int]:
     return set(_compact(units).unique().tolist()) - {NOBODY}
 
 
+_LEAVES = {"setitem", "numpy", "array", "tolist", "item"}  # no tensor comes back, but numbers get where units are not followed
 _MOVES = """
 view reshape flatten unflatten ravel permute transpose swapaxes movedim t squeeze unsqueeze expand expand_as chunk split
 tensor_split unbind select narrow getitem cat concat concatenate stack repeat flip roll pixel_shuffle pixel_unshuffle
@@ -410,7 +426,8 @@ _EACH = """
 relu relu6 elu selu celu gelu silu mish sigmoid logsigmoid tanh softplus softsign hardtanh hardswish hardsigmoid leaky_relu
 threshold hardshrink dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout clone contiguous detach to
 float double half bfloat16 type clamp clamp_min clamp_max abs neg exp log sqrt rsqrt square pow add sub mul div radd rsub
-rmul rtruediv iadd isub imul itruediv truediv subtract multiply divide maximum minimum where nan_to_num erf sin cos
+rmul rtruediv iadd isub imul itruediv truediv subtract multiply divide maximum minimum where nan_to_num erf sin cos gt lt ge le
+eq ne logical_and logical_or logical_not
 """
 _POOLS = [f"{kind}_pool{dims}d" for kind in ("max", "avg", "lp", "adaptive_avg", "adaptive_max") for dims in (1, 2, 3)]
 _RULES: dict[str, Callable[..., None]] = {
