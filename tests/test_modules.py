@@ -49,6 +49,8 @@ class Residual(nn.Module):
             elif kind == "gated":
                 block["a"], block["p"] = nn.Conv2d(channels, 4, 1), nn.PReLU(4)
                 block["b"] = nn.Conv2d(4, channels, 1)
+            elif kind == "attended":
+                block["a"] = nn.Conv2d(channels, 1, 3, padding=1)
             elif kind == "transposed":
                 block["a"], block["b"] = nn.ConvTranspose2d(channels, 6, 2, stride=2), nn.Conv2d(6, channels, 2, stride=2)
             self.layers.append(block)
@@ -71,12 +73,14 @@ class Residual(nn.Module):
                 x = x + block["c"](F.relu(block["bn"](block["b"](F.relu(block["a"](x))))))
             elif kind == "gated":
                 x = x * torch.sigmoid(block["b"](block["p"](block["a"](x.mean((2, 3), keepdim=True)))))
+            elif kind == "attended":
+                x = torch.sigmoid(block["a"](x)) * x + torch.where(x > 0, x, 0.1 * x)
             elif kind == "transposed":
                 x = x + block["b"](F.relu(block["a"](x)))
         return self.head(F.adaptive_avg_pool2d(x, 2).flatten(1))
 
 
-KINDS = ["residual", "preactivation", "concatenation", "depthwise", "multiplied", "grouped", "gated", "transposed"]
+KINDS = ["residual", "preactivation", "concatenation", "depthwise", "multiplied", "grouped", "gated", "attended", "transposed"]
 
 
 def randomised(module: nn.Module, seed: int) -> nn.Module:
@@ -136,7 +140,7 @@ def test_every_kind_has_its_groups(kind: str) -> None:
     groups, refused = unit_groups(trace(module, (torch.zeros(1, 3, 8, 8),)))
     made = {layer for group in groups for layer in group.name.split("+")}
     layers = {name for name, each in module.named_modules() if isinstance(each, (nn.Linear, nn.modules.conv._ConvNd))}
-    assert layers - made == {"head.2"}
+    assert layers - made == {"head.2"} | ({"layers.0.a"} if kind == "attended" else set())  # one channel has no other
     assert refused == {"head.2": "they are the module's output"}
 
 

@@ -62,7 +62,7 @@ def unit_groups(traced: Traced) -> tuple[list[UnitGroup], dict[str, str]]:
         axes = [axis for axis, _ in kind]
         made = [axis for axis in axes if traced.roles[axis] == "out"]
         name = "+".join(dict.fromkeys(_layer(axis) for axis in made))
-        if not made:
+        if not made or len(members) == 1:
             continue
         units = [unit for unit in members if unit not in traced.pinned]
         if len(units) < len(members):

@@ -238,32 +238,31 @@ class _Trace(TorchFunctionMode):
 
     def _each(self, out: Tensor, *args: Any, **kwargs: Any) -> None:
         """Each number for itself, or with those at its place of other tensors, of which some are repeated there."""
-        made: list[Tensor] = []
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
-        for operand in sorted(operands, key=lambda operand: id(operand) in self._names or id(operand) not in self._units):
-            shape = (1,) * (out.dim() - operand.dim()) + tuple(operand.shape)
-            vary = _varying(made[0]) if made else []
-            shared = [dim for dim in vary if shape[dim] > 1]
-            name = self._names.get(id(operand))
-            if made and not shared:
-                continue
-            if made and name is not None and len(vary) == 1:
-                dim = vary[0] - (out.dim() - operand.dim())
-                along = self.axis(Axis(name, dim), operand.shape[dim], "rider")
-                made.append(_spread(along, vary[0], out.shape))
-            elif made and id(operand) not in self._units:
-                self.pin(made[0], "they meet a constant of fixed size" if name is None else f"they meet {name}")
+        sizes = {id(each): (1,) * (out.dim() - each.dim()) + tuple(each.shape) for each in operands}
+        known = [each for each in operands if id(each) in self._units and id(each) not in self._names] or operands[:1]
+        known.sort(key=lambda each: -len(_varying(self.units(each))))
+        units = self.units(known[0]).view(sizes[id(known[0])]).expand(out.shape)
+        vary = _varying(units)
+        for operand in [*known[1:], *(each for each in operands if all(each is not one for one in known))]:
+            size, name = sizes[id(operand)], self._names.get(id(operand))
+            meets = any(size[dim] > 1 for dim in vary)
+            if name is not None and meets and len(vary) == 1:
+                axis = Axis(name, vary[0] - (out.dim() - operand.dim()))
+                other = _spread(self.axis(axis, size[vary[0]], "rider"), vary[0], out.shape)
+            elif id(operand) not in self._units:
+                if meets:
+                    self.pin(units, "they meet a constant of fixed size" if name is None else f"they meet {name}")
                 continue
             else:
-                made.append(self.units(operand).view(shape).expand(out.shape))
-            if len(made) > 1:
-                if set(_varying(made[-1])) - set(vary):
-                    self.pin(made[0], "forward joins each with each of others")
-                    self.pin(made[-1], "forward joins each with each of others")
-                else:
-                    self._join_places(made[0], made[-1])
-                    made[0] = torch.where(made[0] == NOBODY, made[-1], made[0]) if (made[0] == NOBODY).any() else made[0]
-        self.put(out, made[0])
+                other = self.units(operand).view(size).expand(out.shape)
+            if meets and set(_varying(other)) <= set(vary):
+                self._join_places(units, other)
+                units = torch.where(units == NOBODY, other, units) if bool((_compact(units) == NOBODY).any()) else units
+            elif _varying(other):
+                self.pin(units, "forward joins each with each of others")
+                self.pin(other, "forward joins each with each of others")
+        self.put(out, units)
 
     def _join_places(self, a: Tensor, b: Tensor) -> None:
         dims = [dim for dim in range(a.dim()) if dim not in {*_varying(a), *_varying(b)}]
