@@ -62,11 +62,13 @@ def unit_groups(traced: Traced) -> tuple[list[UnitGroup], dict[str, str]]:
         axes = [axis for axis, _ in kind]
         made = [axis for axis in axes if traced.roles[axis] == "out"]
         name = "+".join(dict.fromkeys(_layer(axis) for axis in made))
-        if not made or len(members) == 1:
+        if not made:
             continue
         units = [unit for unit in members if unit not in traced.pinned]
         if len(units) < len(members):
             refused[name] = next(traced.pinned[unit] for unit in members if unit in traced.pinned)
+        elif len(units) == 1:
+            continue  # one unit has nobody to stand for it
         if not any(traced.roles[axis] == "in" for axis in axes):
             refused.setdefault(name, "no layer reads them")
         elif len(units) > 1:
