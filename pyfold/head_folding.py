@@ -97,9 +97,18 @@ def read_moments(read: Iterable[Tensor], backend: str) -> Tensor:
 def as_said(groups: list[KVGroup], read: Tensor) -> list[KVGroup]:
     """The groups with rows as :mod:`pyfold.heads` compares them; ``read``: of what they read."""
     mean = read.double() / float(read[-1, -1])
-    mean += _JITTER * float(mean.diagonal().mean()) * torch.eye(len(mean))
-    factor = torch.linalg.cholesky(mean).float()
+    factor = _factor(mean, _JITTER * float(mean.diagonal().mean())).float()
     return [KVGroup(group.query @ factor, group.key @ factor, group.value @ factor, group.output) for group in groups]
+
+
+def _factor(square: Tensor, ridge: float) -> Tensor:
+    """Cholesky's, with the least of ridge, 10 ridge ... on the diagonal that outweighs how products were rounded."""
+    for _ in range(5):
+        factor, failed = torch.linalg.cholesky_ex(square + ridge * torch.eye(len(square), dtype=square.dtype))
+        if not failed:
+            return factor
+        ridge *= 10
+    return torch.linalg.cholesky(square + ridge * torch.eye(len(square), dtype=square.dtype))
 
 
 def choose(consumer: Tensor, c: Tensor, compared: list[KVGroup], freedom: Freedom, n_groups: int) -> list[list[int]]:
@@ -110,7 +119,7 @@ def choose(consumer: Tensor, c: Tensor, compared: list[KVGroup], freedom: Freedo
     """
     size = len(c) // len(compared)
     scale = c.diagonal().clamp(min=torch.finfo(c.dtype).tiny).sqrt()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(c / scale / scale[:, None] + _SHRINK * torch.eye(len(c))))
+    inverse = torch.cholesky_inverse(_factor(c / scale / scale[:, None], _SHRINK))
     heard = consumer * scale
     clusters = {g: [g] for g in range(len(compared))}
 

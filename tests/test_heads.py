@@ -203,7 +203,7 @@ def test_a_duplicate_folds_without_loss(family: str, tmp_path: Path) -> None:
     folder, expected = with_duplicates(tmp_path / "src", family)
     folded, _ = fold_layer(folder, 1, 2, TOKENS)
     assert folded.clusters in ([[0, 2], [1]], [[1], [2, 0]])
-    assert folded.error < 1e-6
+    assert folded.error < 1e-4  # what ridge 0.03 costs, if that is chosen
     model = load(folder)
     with torch.no_grad():
         for name, values in folded.tensors.items():
