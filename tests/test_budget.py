@@ -102,11 +102,12 @@ def test_a_run_keeps_to_its_budget(large: Path, tmp_path: Path, repair: str) -> 
     refused = run_cli("fold", large, tmp_path / "dst", *how, "--host-memory", "10MiB")
     check_refused(refused.returncode, refused.stderr, ["host_memory", "layers.0.mlp needs at least"])
     limit = least(refused.stderr) + 4 * MIB
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}  # the stacks of a hundred threads are data too
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     peaks = {}
     for name, options in {"whole": [], "least": ["--host-memory", str(limit)]}.items():
 
         def limited(limit: int = limit if options else resource.RLIM_INFINITY) -> None:
+            resource.setrlimit(resource.RLIMIT_STACK, (MIB, MIB))  # of a thread: all of it counts as data, touched or not
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
         done = run_cli("fold", large, tmp_path / name, *how, "--json", *options, env=environment, preexec_fn=limited)
