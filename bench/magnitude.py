@@ -42,8 +42,5 @@ def prune(module: nn.Module, example: Tensor, target_params: int, norm: int, ima
             prefix = axis.name.rpartition(".")[0]
             bias = rows_only.get(f"{prefix}.bias")
             targets[prefix] = repair.Target(rows_only[axis.name], bias, axis.name in normalised or bias is not None)
-    order = [axis.name.rpartition(".")[0] for axis in traced.axes]
-    batches = repair.split(images)
-    repair.regress(module, out.eval(), dict(sorted(targets.items(), key=lambda item: order.index(item[0]))), batches)
-    repair.reestimate(out, batches)
+    repair.regress(module, out.eval(), targets, images)
     return out

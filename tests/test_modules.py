@@ -175,7 +175,7 @@ def test_merged_channels_have_variance_one_on_white_inputs() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(4, 6, 1, bias=False), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)).eval()
     x = torch.randn(64, 4, 32, 32)
-    repair.reestimate(module, [x])
+    repair.reestimate(module, x)
     traced = trace(module, (x[:1],))
     groups, _ = unit_groups(traced)
     labels = {0: torch.tensor([0, 1, 0, 2, 2, 2])}
@@ -201,13 +201,13 @@ def test_a_stream_keeps_the_variance_that_it_will_have() -> None:
     torch.manual_seed(0)
     module = Preactivation().eval()
     x = torch.randn(64, 4, 32, 32)
-    repair.reestimate(module, [x])
+    repair.reestimate(module, x)
     traced = trace(module, (x[:1],))
     groups, _ = unit_groups(traced)
     assert [group.name for group in groups] == ["a+b"]
     folded = merge(module, traced, groups, {0: torch.tensor([0, 1, 0, 2, 2, 2])}, closed_form=True)
     remembered = folded.norm.running_var.clone()
-    repair.reestimate(folded, [x])
+    repair.reestimate(folded, x)
     assert torch.allclose(remembered, folded.norm.running_var, rtol=0.05)
 
 
@@ -443,5 +443,5 @@ def test_regression_on_data_that_determines_it() -> None:
     folded, _ = pyfold.fold_model(module, ratio=0.5, example_inputs=x[:1], layers="0", repair=None)
     assert not torch.allclose(folded(x), module(x), atol=5e-2)
     target = repair.Target(module[1].weight.detach(), module[1].bias.detach(), True)
-    repair.regress(module, folded, {"1": target}, [x], ridge=1e-9)
+    repair.regress(module, folded, {"1": target}, x, ridge=1e-9)
     assert torch.allclose(folded(x), module(x), atol=2e-3)

@@ -112,12 +112,9 @@ def fold_model(
         assert data is not None
         images = _tensor_of(data)
     if images is not None:
-        batches = repairs.split(images)
+        targets = _targets(module, traced, state, where) if compensate else {}
         with evaluating(module), evaluating(folded):
-            if compensate:
-                targets = _targets(module, traced, state, where)
-                repairs.regress(module, folded, targets, batches, progress=progress)
-            repairs.reestimate(folded, batches)
+            repairs.regress(module, folded, targets, images, progress=progress)
     report = _report(module, folded, groups, clusters, refused, time.perf_counter() - began, backend)
     return folded, report
 
@@ -200,7 +197,7 @@ def merge(
 
 
 def _targets(module: nn.Module, traced: Traced, state: folding.State, where: dict[Axis, Tensor]) -> dict[str, repairs.Target]:
-    """Layers to regress, in the order in which they run: those that read folded units, run once, and have no groups."""
+    """Layers to regress: those that read folded units, run once, and have no groups."""
     rows = {**state, **folding.merged_state(traced, state, where, rows_only=True)}
     normalised = {producer.rows.name for producer, _ in folding.normalised(traced)}
     targets = {}

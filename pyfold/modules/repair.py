@@ -1,7 +1,7 @@
 """A folded module's statistics and consumers, set right on images: real ones or synthesised.
 
 Re-estimation: every BatchNorm remembers what it sees now. Ridge: every convolution and linear layer that reads folded units is
-regressed, in the order in which they run, on what the dense one gave to the same images,
+regressed, as it is reached, on what the dense one gave to the same images,
 
     W = (A + λ s I)⁻¹ (B + λ s W_folded),    A = Σ p pᵀ, B = Σ p tᵀ,
 
@@ -12,8 +12,11 @@ layer, so that few images do little harm.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,28 +38,24 @@ class Target(NamedTuple):
 
 
 RIDGE = 0.02
-_BATCH = 128
 _PATCH_NUMBERS = 1 << 25  # of patches at once: 128 MiB
 
 
 @torch.no_grad()
-def reestimate(module: nn.Module, batches: Sequence[Tensor]) -> None:
-    """Every BatchNorm remembers mean and variance of what it sees on all batches, those before it normalising by the batch."""
-    with _on_batches(module, remember=True):
-        for batch in batches:
-            module(batch)
+def reestimate(module: nn.Module, images: Tensor) -> None:
+    """Every BatchNorm remembers mean and variance of what it sees on all images, those before it normalising by them."""
+    with _remembering(module):
+        module(images)
 
 
 @contextmanager
-def _on_batches(module: nn.Module, *, remember: bool) -> Iterator[None]:
-    """BatchNorms normalise by the batch; all else as in evaluation. ``remember``: and keep the mean over batches."""
-    layers = batch_norms(module)
-    before = [(each, each.momentum, each.training) for each in layers]
-    for each in layers:
+def _remembering(module: nn.Module) -> Iterator[None]:
+    """BatchNorms normalise by the batch and remember its statistics; all else as in evaluation."""
+    before = [(each, each.momentum, each.training) for each in batch_norms(module)]
+    for each, _, _ in before:
         each.train()
-        each.momentum = None if remember else 0.0
-        if remember:
-            each.reset_running_stats()
+        each.momentum = None
+        each.reset_running_stats()
     try:
         yield
     finally:
@@ -70,82 +69,109 @@ def regress(
     dense: nn.Module,
     folded: nn.Module,
     targets: Mapping[str, Target],
-    batches: Sequence[Tensor],
+    images: Tensor,
     *,
     ridge: float = RIDGE,
     progress: Progress | None = None,
 ) -> None:
-    """Regress layers of ``folded`` on what ``dense`` gave.
+    """Regress layers of ``folded`` on what ``dense`` gave, and remember every BatchNorm's statistics, in one pass of both.
 
-    ``targets``: by name of a layer that reads folded units, in the order in which they run.
+    A layer is regressed when it is reached, so that all behind it reads what it gives from then on. ``targets``: by name of a
+    layer that reads folded units and runs once. Activations of all images are held together, of a few layers at a time.
     """
-    for done, (name, target) in enumerate(targets.items()):
-        layer, source = _regressed(folded, name), _regressed(dense, name)
-        size = layer.weight[0].numel()
-        gram, cross = torch.zeros(size, size), torch.zeros(size, len(layer.weight))
-        read, wanted, count = torch.zeros(size), torch.zeros(len(layer.weight)), 0
-        for batch in batches:
-            had = _input(dense, source, batch)
-            if had is None:
-                break
-            want = _apply(source, had, target.weight, target.bias).float()
-            with _on_batches(folded, remember=False):
-                seen = _input(folded, layer, batch)
-            assert seen is not None
-            for patches, part in zip(_patches(layer, seen), want.split(_images_at_once(layer, seen)), strict=True):
-                outputs = part.movedim(1, 0).flatten(1)
-                gram.addmm_(patches, patches.T)
-                cross.addmm_(patches, outputs.T)
-                read, wanted, count = read + patches.sum(1), wanted + outputs.sum(1), count + patches.shape[1]
-        if not count:
-            continue  # forward uses the weight without running the layer
-        if target.centred:
-            gram.addr_(read, read, alpha=-1 / count)
-            cross.addr_(read, wanted, alpha=-1 / count)
-        shrink = ridge * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny
-        gram.diagonal().add_(shrink)
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if failed:
-            raise PyfoldError(f"{name}: what it reads is not finite, or too much alike to be regressed on; use more images")
-        solved = torch.cholesky_solve(cross + shrink * layer.weight.float().flatten(1).T, factor).T
-        layer.weight.copy_(solved.view_as(layer.weight))
-        if layer.bias is not None:
-            layer.bias.copy_((wanted - solved @ read) / count)
-        if progress:
-            progress(done + 1, len(targets), "regressing consumers, layers")
+    done = 0
+    with _inputs(dense, targets, images) as asked, ExitStack() as hooks:
+
+        def reached(layer: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
+            nonlocal done
+            source, had = next(asked)
+            assert source == name, f"{source} of the dense module ran where {name} of the folded one did"
+            assert isinstance(layer, (nn.Conv2d, nn.Linear))
+            _regress(name, layer, args[0], had, dense.get_submodule(name), targets[name], ridge)
+            done += 1
+            if progress:
+                progress(done, len(targets), "regressing consumers, layers")
+
+        for name in targets:
+            handle = folded.get_submodule(name).register_forward_pre_hook(partial(reached, name=name))
+            hooks.callback(handle.remove)
+        with _remembering(folded):
+            folded(images)
 
 
-def _regressed(module: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
-    layer = module.get_submodule(name)
-    assert isinstance(layer, (nn.Conv2d, nn.Linear))
-    return layer
+def _regress(
+    name: str, layer: nn.Conv2d | nn.Linear, seen: Tensor, had: Tensor, source: nn.Module, target: Target, ridge: float
+) -> None:
+    """``seen``, ``had``: what the layer and the dense one, ``source``, read of the same images."""
+    size = layer.weight[0].numel()
+    gram, cross = torch.zeros(size, size), torch.zeros(size, len(layer.weight))
+    read, wanted, count = torch.zeros(size), torch.zeros(len(layer.weight)), 0
+    for patches, part in zip(_patches(layer, seen), had.split(_images_at_once(layer, seen)), strict=True):
+        outputs = _apply(source, part, target.weight, target.bias).float().movedim(1, 0).flatten(1)
+        gram.addmm_(patches, patches.T)
+        cross.addmm_(patches, outputs.T)
+        read, wanted, count = read + patches.sum(1), wanted + outputs.sum(1), count + patches.shape[1]
+    if target.centred:
+        gram.addr_(read, read, alpha=-1 / count)
+        cross.addr_(read, wanted, alpha=-1 / count)
+    shrink = ridge * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny
+    gram.diagonal().add_(shrink)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if failed:
+        raise PyfoldError(f"{name}: what it reads is not finite, or too much alike to be regressed on; use more images")
+    solved = torch.cholesky_solve(cross + shrink * layer.weight.float().flatten(1).T, factor).T
+    layer.weight.copy_(solved.view_as(layer.weight))
+    if layer.bias is not None:
+        layer.bias.copy_((wanted - solved @ read) / count)
 
 
-class _Reached(Exception):
-    """The layer that was waited for."""
+class _Stopped(Exception):
+    """Nobody waits for what the module gives any more."""
 
 
-def _input(module: nn.Module, layer: nn.Module, batch: Tensor) -> Tensor | None:
-    """What a layer reads, None where it does not run; what comes behind it does not run."""
-    seen: list[Tensor] = []
+@contextmanager
+def _inputs(module: nn.Module, names: Iterable[str], images: Tensor) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """Name and input of each layer as it is reached: the module runs beside its reader, one layer ahead of it at most."""
+    waiting: queue.Queue[tuple[str, Tensor] | BaseException] = queue.Queue(maxsize=1)
+    stop = threading.Event()
 
-    def reached(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
-        raise _Reached
+    def reached(_: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
+        if stop.is_set():
+            raise _Stopped
+        waiting.put((name, args[0]))
 
-    hook = layer.register_forward_pre_hook(reached)
+    def run() -> None:
+        try:
+            with torch.no_grad():
+                module(images)
+        except BaseException as error:  # the reader raises it
+            waiting.put(error)
+
+    def taken() -> Iterator[tuple[str, Tensor]]:
+        while True:
+            item = waiting.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    handles = [module.get_submodule(name).register_forward_pre_hook(partial(reached, name=name)) for name in names]
+    thread = threading.Thread(target=run, name="dense module")
+    thread.start()
     try:
-        module(batch)
-    except _Reached:
-        pass
+        yield taken()
     finally:
-        hook.remove()
-    return seen[0] if seen else None
+        stop.set()
+        while thread.is_alive():
+            with suppress(queue.Empty):
+                waiting.get(timeout=0.01)
+        for handle in handles:
+            handle.remove()
 
 
-def _apply(layer: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _apply(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, bias).flatten(0, -2)
+    assert isinstance(layer, nn.Conv2d)
     return layer._conv_forward(x, weight, bias)
 
 
@@ -164,8 +190,3 @@ def _patches(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Iterator[Tensor]:
     for part in x.float().split(_images_at_once(layer, x)):
         around = F.pad(part, padded, mode="constant" if mode == "zeros" else mode)
         yield F.unfold(around, layer.kernel_size, layer.dilation, 0, layer.stride).movedim(1, 0).flatten(1)
-
-
-def split(images: Tensor, size: int = _BATCH) -> list[Tensor]:
-    """Batches of about the same size, none far smaller: a BatchNorm counts each as much."""
-    return list(images.tensor_split(max(1, round(len(images) / size))))
