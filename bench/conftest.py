@@ -18,12 +18,15 @@ from torch import Tensor
 
 @dataclass
 class Report:
-    """What one bench module measured; it fills this in, ``pytest_terminal_summary`` prints it."""
+    """What one bench module measured; it fills this in, ``pytest_terminal_summary`` prints it.
+
+    ``complete``: to be written though only some of the module's tests were selected."""
 
     name: str
     sizes: Any
     notes: list[str] = field(default_factory=list)
     tables: dict[str, list[Row]] = field(default_factory=dict)
+    complete: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,5 +119,5 @@ def pytest_terminal_summary(
         terminalreporter.write_line("")
         for note in report.notes:
             terminalreporter.write_line(note)
-        if whole and config.getoption("--scale") == "full":
+        if (whole or report.complete) and report.tables and config.getoption("--scale") == "full":
             terminalreporter.write_line(f"written: {write(report.name, sizes, report.notes, report.tables).name}")

@@ -187,10 +187,9 @@ def _widths_for(traced: Traced, state: folding.State, groups: list[UnitGroup], n
 def merge(
     module: nn.Module, traced: Traced, groups: Sequence[UnitGroup], labels: folding.Labels, *, closed_form: bool
 ) -> nn.Module:
-    """A copy with each cluster's units merged. ``closed_form``: rows normalised before averaging, variances repaired."""
+    """A copy with each cluster's units merged; ``closed_form``: variances repaired."""
     state, where = folding.state_of(module), moved(traced, groups, labels)
-    before = folding.normalised_rows(traced, state, where) if closed_form else state
-    merged = folding.merged_state(traced, before, where)
+    merged = folding.merged_state(traced, folding.normalised_rows(traced, state, where), where)
     if closed_form:
         merged = folding.rescaled(traced, state, merged, where, groups, labels)
     return folding.with_state(module, {name: tensor.to(state[name].dtype) for name, tensor in merged.items()})
@@ -198,7 +197,7 @@ def merge(
 
 def _targets(module: nn.Module, traced: Traced, state: folding.State, where: dict[Axis, Tensor]) -> dict[str, repairs.Target]:
     """Layers to regress: those that read folded units, run once, and have no groups."""
-    rows = {**state, **folding.merged_state(traced, state, where, rows_only=True)}
+    rows = {**state, **folding.merged_state(traced, folding.normalised_rows(traced, state, where), where, rows_only=True)}
     normalised = {producer.rows.name for producer, _ in folding.normalised(traced)}
     targets = {}
     reads = dict.fromkeys(axis.name for axis in traced.axes if axis in where and traced.roles[axis] == "in")

@@ -34,39 +34,53 @@ def deviation(state: State, each: Normalisation) -> Tensor:
     return (state[each.var].float() + each.eps).sqrt()
 
 
-def normalised_rows(traced: Traced, state: State, where: Mapping[Axis, Tensor] | None = None) -> State:
-    """The state with rows, biases and means divided by the deviation that their BatchNorm divides by: the same function.
+def normalised_rows(traced: Traced, state: State, where: Mapping[Axis, Tensor]) -> State:
+    """The same function with BatchNorms that have one weight γ_c, and divide by 1, for units that ``moved`` joins with others.
 
-    ``where``: only those that ``moved`` joins with others; None: all.
+    γ_c is the root mean square of their weights; rows, biases and means take what is left, (γ_i / γ_c) / σ_i. The mean of such
+    rows is what makes the mean of the units' outputs, and γ_c² the mean of their variances.
     """
     state = dict(state)
     for producer, each in normalised(traced):
-        divisor = deviation(state, each)
-        if where is not None:
-            if producer.rows not in where:
-                continue
-            to = where[producer.rows]
-            divisor = divisor.where(to.bincount()[to] > 1, 1.0)
+        if producer.rows not in where:
+            continue
+        to = where[producer.rows]
+        joined = to.bincount()[to] > 1
+        common, part = _gains(state, each, to)
+        factor = torch.where(joined, part / deviation(state, each), 1.0)
         rows = state[producer.rows.name].float()
-        state[producer.rows.name] = rows / divisor.view(-1, *[1] * (rows.dim() - 1))
-        if producer.bias is not None:
-            state[producer.bias] = state[producer.bias].float() / divisor
-        state[each.mean] = state[each.mean].float() / divisor
-        var = state[each.var].float()
-        state[each.var] = torch.where(divisor == 1, var, (var + each.eps) / divisor**2 - each.eps)
+        state[producer.rows.name] = rows * factor.view(-1, *[1] * (rows.dim() - 1))
+        for name in (producer.bias, each.mean):
+            if name is not None:
+                state[name] = state[name].float() * factor
+        state[each.var] = torch.where(joined, 1 - each.eps, state[each.var].float())
+        if each.weight is not None:
+            state[each.weight] = torch.where(joined, common, state[each.weight].float())
     return state
+
+
+def _gains(state: State, each: Normalisation, to: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) of every unit: the root mean square of the BatchNorm's weights in its cluster, and its own as a multiple of that."""
+    if each.weight is None:
+        return torch.ones(len(to)), torch.ones(len(to))
+    weight = state[each.weight].float()
+    counts = to.bincount()
+    common = (torch.zeros(len(counts)).index_add_(0, to, weight.square()) / counts).sqrt()[to]
+    return common, torch.where(common > 0, weight / common, 1.0)
 
 
 def features(traced: Traced, state: State, group: UnitGroup) -> Tensor:
     """(N, D) float32: the rows that make a unit, as BatchNorm scales them, what stands beside it, the columns that read it."""
-    rows = normalised_rows(traced, state)
-    gains = {producer.rows: state[each.weight].float() for producer, each in normalised(traced) if each.weight is not None}
+    gains = {producer.rows: 1 / deviation(state, each) for producer, each in normalised(traced)}
+    for producer, each in normalised(traced):
+        if each.weight is not None:
+            gains[producer.rows] *= state[each.weight].float()
     left_out = {name for each in traced.normalisations for name in (each.mean, each.var)}
     left_out |= {producer.bias for producer, _ in normalised(traced) if producer.bias is not None}
     parts = []
     for axis, places in group.places.items():
         if axis.name not in left_out:
-            values = along(rows[axis.name], traced, axis)
+            values = along(state[axis.name], traced, axis)
             if axis in gains:
                 values = values * gains[axis][:, None]
             parts.append(values[places].reshape(len(places), -1))
@@ -130,14 +144,18 @@ def rescaled(
 
     A mean of N_c rows whose outputs have variance 1 and correlation E[c] on average has variance ``1/s²``,
     ``s = N_c / √(N_c + (N_c² − N_c) E[c])``; with white inputs correlations are the cosines of the rows, and s is
-    ``1 / ‖mean of unit rows‖`` (Wang et al. 2025, section 4.3). BatchNorm's weight is multiplied by s. One that reads a sum of
-    layers (a residual stream) instead remembers the variance ``‖mean of σ_i unit rows‖²``, of the rows of all those layers.
+    ``1 / ‖mean of unit rows‖`` (Wang et al. 2025, section 4.3); of rows u_i that BatchNorm weighs by γ_i, γ_c their root mean
+    square, it is ``1 / ‖mean of (γ_i / γ_c) u_i‖``. BatchNorm's weight is multiplied by s. One that reads a sum of layers (a
+    residual stream) instead remembers the variance ``‖mean of σ_i unit rows‖²``, of the rows of all those layers.
+
+    ``state``: as the module holds it.
     """
     merged = dict(merged)
     for producer, each in normalised(traced):
         if producer.rows in where:
             to = where[producer.rows]
-            length = _mean_length(along(state[producer.rows.name], traced, producer.rows), torch.ones(len(to)), to)
+            rows = along(state[producer.rows.name], traced, producer.rows)
+            length = _mean_length(rows, _gains(state, each, to)[1], to)
             scale = torch.where(to.bincount() > 1, 1 / length, 1.0)
             if each.weight is not None:
                 merged[each.weight] = (merged[each.weight].float() * scale).to(merged[each.weight].dtype)
@@ -165,7 +183,9 @@ def rescaled(
 def _mean_length(rows: Tensor, scale: Tensor, labels: Tensor) -> Tensor:
     """‖mean of scaled unit rows‖ of every cluster, (K,)."""
     unit = scale[:, None] * rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    return ops.merge_rows(unit.contiguous(), labels, int(labels.max()) + 1).norm(dim=1).clamp_min(1e-3 * float(scale.max()))
+    return (
+        ops.merge_rows(unit.contiguous(), labels, int(labels.max()) + 1).norm(dim=1).clamp_min(1e-3 * float(scale.abs().max()))
+    )
 
 
 def with_state(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
