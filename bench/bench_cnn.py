@@ -1,11 +1,11 @@
 """Accuracy of convolutional networks with 10 to 70 % of their parameters folded away, repair by repair, and its rivals.
 
 Run by hand: ``pytest bench/bench_cnn.py --data DIR [--scale small] [-k NETWORK]``; half an hour for each network. DIR holds
-CIFAR-10 checkpoints with ``cifar_models.py``, the 10,000 test images and 4,000 training images as JPEGs, and 1,017 lossless test
-images. Every group of channels loses the same share, so that the share of parameters asked for is removed. Synthesised images
-depend on the dense network alone: made once for each seed, used at every share. What it is compared with (``rivals.py``) has the
-same widths and gets the same repair: ``statistics`` alone, or consumers regressed as well. Accuracies in percent; ``lost``
-against the dense network, in points.
+CIFAR-10 checkpoints with ``cifar_models.py``, the 10,000 test images and 4,000 training images as JPEGs, and 1,017 lossless
+test images. Every group of channels loses the same share, so that the share of parameters asked for is removed. Synthesised
+images depend on the dense network alone: made once for each seed, used at every share. What it is compared with
+(``rivals.py``) has the same widths and gets the same repair: ``statistics`` alone, or consumers regressed as well. Accuracies
+in percent; ``lost`` against the dense network, in points.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyfold
-from pyfold.clustering import cluster
-from pyfold.modules import folding
+from pyfold.modules.fold import clustered
 from pyfold.modules.groups import moved
 from pyfold.modules.inversion import invert
 from pyfold.modules.units import Axis
@@ -214,11 +213,8 @@ def _merged(units: rivals.Units, target: int, images: Tensor | None, compensate:
 @torch.no_grad()
 def _variances(net: Net, units: rivals.Units, target: int, folded: nn.Module) -> list[float]:
     """Of each BatchNorm's output over test images, channel by channel of the dense network; the mean over the mean."""
-    labels = {
-        number: cluster(folding.features(units.traced, units.state, group), n_clusters=k).labels
-        for number, (group, k) in enumerate(zip(units.groups, units.widths(target), strict=True))
-    }
-    where = moved(units.traced, units.groups, labels)
+    clusters = clustered(units.traced, units.state, units.groups, units.widths(target))
+    where = moved(units.traced, units.groups, {number: each.labels for number, each in clusters.items()})
     found: dict[str, list[Tensor]] = {}
 
     def seen(_: nn.Module, __: object, output: Tensor, name: str) -> None:

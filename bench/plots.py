@@ -8,23 +8,27 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("agg")
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
+REGRESSED = ("dir", "data")
 Curve = Sequence[tuple[float, float]]
 
 
 def accuracies(file: Path, title: str, dense: float, curves: Mapping[str, Curve]) -> None:
     """Accuracy against the share of parameters removed; what is compared with is dashed."""
-    figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
-    axes.axhline(dense, color="black", linewidth=0.8, label=f"dense, {dense:.1f}")
+    figure, panels = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
     colours = dict(zip(dict.fromkeys(name.rpartition(", ")[2] for name in curves), pyplot.cm.tab10.colors, strict=False))
     marks = dict(zip(dict.fromkeys(name.partition(", ")[0] for name in curves), "osD^v", strict=False))
     for name, points in curves.items():
         method, repair = name.partition(", ")[0], name.rpartition(", ")[2]
         style = "-" if method == "fold" else "--"
+        axes = panels[repair in REGRESSED]
         axes.plot(*zip(*points, strict=True), style, marker=marks[method], markersize=4, color=colours[repair], label=name)
-    axes.set(title=title, xlabel="parameters removed, %", ylabel="accuracy, %", ylim=(0, None))
-    axes.legend(fontsize=7, ncols=2)
+    for axes, what in zip(panels, ("weights and statistics", "consumers regressed"), strict=True):
+        axes.axhline(dense, color="black", linewidth=0.8, label=f"dense, {dense:.1f}")
+        axes.set(title=f"{title}: {what}", xlabel="parameters removed, %", ylabel="accuracy, %")
+        axes.legend(fontsize=7, ncols=2)
+    panels[0].set_ylim(0, None)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
 
@@ -40,6 +44,9 @@ def variances(file: Path, title: str, shares: Mapping[float, Mapping[str, Sequen
         for name, ratios in repairs.items():
             panel.plot(range(1, len(ratios) + 1), ratios, marker="o", markersize=3, label=name)
         panel.set(title=f"{title}, {share:.0%} removed", xlabel="BatchNorm", yscale="log")
+        panel.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            axis(ticker.FormatStrFormatter("%g"))
     panels[0, 0].set_ylabel("variance behind it, x the dense one's")
     panels[0, -1].legend(fontsize=8)
     figure.savefig(file, dpi=110)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import pyfold
+from pyfold.clustering import cluster, cluster_each
 from pyfold.modules import inversion, repair
 from pyfold.modules.fold import merge
 from pyfold.modules.groups import unit_groups
@@ -374,32 +378,15 @@ def test_exported() -> None:
 @pytest.fixture(scope="module")
 def digits():
     """A small network trained on scikit-learn's digits; images and labels that it did not see."""
-    from sklearn.datasets import load_digits
-
-    torch.manual_seed(0)
-    images = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 8 - 1
-    labels = torch.tensor(load_digits().target)
-    order = torch.randperm(len(images))
-    images, labels = images[order], labels[order]
-    module = nn.Sequential(
-        *[nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()],
-        *[nn.Conv2d(32, 64, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(64), nn.ReLU()],
-        *[nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()],
-        *[nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)],
-    )
-    optimizer = torch.optim.Adam(module.parameters(), 3e-3)
-    for _ in range(6):
-        for batch in torch.randperm(1200).split(64):
-            loss = F.cross_entropy(module(images[batch]), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return module.eval(), images, labels
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "bench")
+        from digits_net import trained
+    return trained()
 
 
 def accuracy(module: nn.Module, images: Tensor, labels: Tensor) -> float:
     with torch.no_grad():
-        return float((module(images[1200:]).argmax(1) == labels[1200:]).float().mean())
+        return float((module(images).argmax(1) == labels).float().mean())
 
 
 def test_repairs_help(digits) -> None:
@@ -446,3 +433,42 @@ def test_regression_on_data_that_determines_it() -> None:
     target = repair.Target(module[1].weight.detach(), module[1].bias.detach(), True)
     repair.regress(module, folded, {"1": target}, x, ridge=1e-9)
     assert torch.allclose(folded(x), module(x), atol=2e-3)
+
+
+def test_groups_cluster_together_as_they_do_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    xs = [torch.randn(shape, generator=generator) for shape in ((40, 9), (7, 300), (120, 33))]
+    ks = [20, 7, 31]
+    for x, k, found in zip(xs, ks, cluster_each(xs, ks), strict=True):
+        alone = cluster(x, n_clusters=k)
+        assert torch.equal(found.labels, alone.labels)
+        assert (found.inertia, found.ward_inertia, found.n_moves) == (alone.inertia, alone.ward_inertia, alone.n_moves)
+    assert cluster_each([], []) == []
+
+
+def test_images_are_saved_as_a_grid(digits, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    module, images, _ = digits
+    options = {"ratio": 0.5, "example_inputs": images[:1], "n_images": 10, "steps": 2}
+    with pytest.raises(ValueError, match="save_images: expected with"):
+        pyfold.fold_model(module, **options, repair="ar", save_images=tmp_path / "grid.png")
+    pyfold.fold_model(module, **options, repair="dir", save_images=tmp_path / "grid.png")
+    with image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (4 * 9, 3 * 9)
+        assert grid.convert("L").getextrema() == (0, 255)
+
+
+def test_one_image_is_no_data(digits) -> None:
+    module, images, _ = digits
+    with pytest.raises(ValueError, match="data: expected two samples at least, got 1"):
+        pyfold.fold_model(module, ratio=0.5, example_inputs=images[:1], repair="data", data=images[:1])
+
+
+def test_a_module_that_fails_on_images_leaves_no_thread(digits) -> None:
+    """Its error comes out, whether the dense module or the folded one raises it."""
+    module, images, _ = digits
+    threads = threading.active_count()
+    for data in (images[:4].repeat(1, 2, 1, 1), images[:4, :, :1, :1, None]):
+        with pytest.raises(RuntimeError):
+            pyfold.fold_model(module, ratio=0.5, example_inputs=images[:1], repair="data", data=data)
+        assert threading.active_count() == threads

@@ -2,6 +2,6 @@
 refinement and regime, lists of problems), ``explain`` (what a call would take, before it is made)."""
 
 from pyfold.clustering.partition import canonical, labels_of
-from pyfold.clustering.ward import Clustering, cluster
+from pyfold.clustering.ward import Clustering, cluster, cluster_each
 
-__all__ = ["Clustering", "canonical", "cluster", "labels_of"]
+__all__ = ["Clustering", "canonical", "cluster", "cluster_each", "labels_of"]

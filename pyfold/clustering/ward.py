@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,39 @@ def cluster(
     joins = ops.ward(gram, n_clusters, weights=weights, backend=backend)
     cut = labels_of(joins, gram.shape[0])
     labels, gains = ops.hartigan(gram, cut, n_clusters, weights=weights, backend=backend)
+    return _clustering(gram, cut, labels, n_clusters, len(gains), weights, backend)
+
+
+def cluster_each(xs: Sequence[Tensor], n_clusters: Sequence[int], *, backend: str = "auto") -> list[Clustering]:
+    """``cluster`` of many problems as one ragged batch: features (N_i, D_i) and K_i of each."""
+    if not xs:
+        return []
+    for x, k in zip(xs, n_clusters, strict=True):
+        check_finite(x)
+        checks.count(k, len(x))
+    backend = ops.resolve(backend, xs[0].device)
+    grams = ops.gram(list(xs), backend=backend)
+    for gram in grams:
+        _check_values(gram)
+    joins = ops.ward(grams, list(n_clusters), backend=backend)
+    cuts = [labels_of(one, len(x)) for one, x in zip(joins, xs, strict=True)]
+    refined = ops.hartigan(grams, cuts, list(n_clusters), backend=backend)
+    return [
+        _clustering(gram, cut, labels, k, len(gains), None, backend)
+        for gram, cut, (labels, gains), k in zip(grams, cuts, refined, n_clusters, strict=True)
+    ]
+
+
+def _clustering(
+    gram: Tensor | ops.GramFile,
+    cut: Tensor,
+    labels: Tensor,
+    n_clusters: int,
+    n_moves: int,
+    weights: Tensor | None,
+    backend: str,
+) -> Clustering:
+    """``cut``: Ward's labels; ``labels`` after refinement."""
     labels = canonical(labels)
     w = torch.ones((), dtype=torch.float64) if weights is None else weights
     return Clustering(
@@ -112,7 +146,7 @@ def cluster(
         inertia=ops.inertia(gram, labels, n_clusters, weights),
         ward_inertia=ops.inertia(gram, cut, n_clusters, weights),
         total_inertia=float((w * gram.diagonal().double()).sum()),
-        n_moves=len(gains),
+        n_moves=n_moves,
         backend=backend,
     )
 

@@ -6,12 +6,13 @@ import fnmatch
 import time
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pyfold.clustering import Clustering, cluster
+from pyfold.clustering import Clustering, cluster_each
 from pyfold.errors import PyfoldError
 from pyfold.modules import folding, inversion
 from pyfold.modules import repair as repairs
@@ -38,6 +39,7 @@ def fold_model(
     n_images: int = 256,
     steps: int = 60,
     seed: int = 0,
+    save_images: str | Path | None = None,
     backend: str = "auto",
     progress: Progress | None = None,
 ) -> tuple[nn.Module, FoldReport]:
@@ -58,13 +60,15 @@ def fold_model(
     repair : {"ar", "dir", "data"} or None
         ``ar``: Fold-AR, closed form: BatchNorm's weight makes up for the variance that averaging takes (Wang et al. 2025,
         section 4.3). ``dir``: statistics and consumers set right on images synthesised from the module's own BatchNorms.
-        ``data``: the same on ``data``. None: averages only.
+        ``data``: the same on ``data``. None: averages only, whose variance is less.
     data : Tensor, (B, ...), or iterable of such, or of pairs that begin with one
-        For ``repair="data"``; a DataLoader is one. All of it is held in memory.
+        For ``repair="data"``; a DataLoader is one. All of it is held in memory, and what a few layers give on it.
     compensate : bool
-        With ``dir`` and ``data``: regress the layers that read folded units, before statistics are set right.
+        With ``dir`` and ``data``: regress the layers that read folded units, too.
     n_images, steps, seed : int
         Of ``dir``: images, steps of descent, and what they begin with.
+    save_images : path, optional
+        Of ``dir``: a picture file for the images, as a grid to look at; needs ``pip install pillow``.
     backend : str
         One of :func:`pyfold.ops.backends`.
 
@@ -81,7 +85,7 @@ def fold_model(
         If ``module`` is no module.
     """
     began = time.perf_counter()
-    inputs = _checked(module, example_inputs, ratio, target_params, repair, data)
+    inputs = _checked(module, example_inputs, ratio, target_params, repair, data, save_images)
     with evaluating(module):
         traced = trace(module, inputs)
     every, refused = unit_groups(traced)
@@ -93,11 +97,7 @@ def fold_model(
         widths = _widths_for(traced, state, groups, names, target_params)
     else:
         widths = _widths(groups, ratio)
-    clusters = {
-        number: cluster(folding.features(traced, state, group), n_clusters=k, backend=backend)
-        for number, (group, k) in enumerate(zip(groups, widths, strict=True))
-        if k < group.width
-    }
+    clusters = clustered(traced, state, groups, widths, backend)
     labels = {number: each.labels for number, each in clusters.items()}
     where = moved(traced, groups, labels)
     folded = merge(module, traced, groups, labels, closed_form=repair == "ar")
@@ -108,6 +108,8 @@ def fold_model(
     if repair == "dir" and clusters:
         shape = tuple(inputs[0].shape[1:])
         images = inversion.invert(module, shape, n_images=n_images, steps=steps, seed=seed, progress=progress)
+        if save_images is not None:
+            inversion.save_grid(images, save_images)
     elif repair == "data" and clusters:
         assert data is not None
         images = _tensor_of(data)
@@ -120,7 +122,13 @@ def fold_model(
 
 
 def _checked(
-    module: nn.Module, example_inputs: Any, ratio: float | None, target_params: int | None, repair: str | None, data: Any
+    module: nn.Module,
+    example_inputs: Any,
+    ratio: float | None,
+    target_params: int | None,
+    repair: str | None,
+    data: Any,
+    save_images: str | Path | None,
 ) -> tuple[Any, ...]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}; checkpoints: pyfold.fold_checkpoint")
@@ -130,6 +138,8 @@ def _checked(
         raise PyfoldError(f"ratio: expected at least 0 and less than 1, got {ratio}")
     if repair not in _REPAIRS:
         raise PyfoldError(f"repair: expected one of {', '.join(map(repr, _REPAIRS))}, got {repair!r}")
+    if save_images is not None and repair != "dir":
+        raise PyfoldError('save_images: expected with repair="dir", which makes images')
     if (repair == "data") != (data is not None):
         raise PyfoldError('data: expected with repair="data", and only then')
     devices = {str(tensor.device) for tensor in chain(module.parameters(), module.buffers())} - {"cpu"}
@@ -161,6 +171,15 @@ def _chosen(groups: list[UnitGroup], refused: dict[str, str], layers: str | Sequ
 
 def _matches(group: UnitGroup, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(layer, pattern) for layer in group.name.split("+") for pattern in patterns)
+
+
+def clustered(
+    traced: Traced, state: folding.State, groups: Sequence[UnitGroup], widths: Sequence[int], backend: str = "auto"
+) -> dict[int, Clustering]:
+    """By number, of the groups that lose units, all of them as one ragged batch."""
+    fewer = [number for number, group in enumerate(groups) if widths[number] < group.width]
+    features = [folding.features(traced, state, groups[number]) for number in fewer]
+    return dict(zip(fewer, cluster_each(features, [widths[number] for number in fewer], backend=backend), strict=True))
 
 
 def _widths(groups: Sequence[UnitGroup], ratio: float) -> list[int]:
@@ -213,12 +232,14 @@ def _targets(module: nn.Module, traced: Traced, state: folding.State, where: dic
 
 
 def _tensor_of(data: Tensor | Iterable[Any]) -> Tensor:
-    if isinstance(data, Tensor):
-        return data
-    batches = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in data]
+    every = [data] if isinstance(data, Tensor) else data
+    batches = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in every]
     if not batches or not all(isinstance(batch, Tensor) for batch in batches):
         raise PyfoldError("data: expected a tensor, or batches that are tensors or begin with one")
-    return torch.cat(batches)
+    images = torch.cat(batches)
+    if len(images) < 2:
+        raise PyfoldError(f"data: expected two samples at least, got {len(images)}")
+    return images
 
 
 def _check_runs(module: nn.Module, folded: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +114,26 @@ def invert(
         for each, before in wanted:
             each.requires_grad_(before)
     return torch.cat(done)
+
+
+def save_grid(images: Tensor, file: str | Path) -> None:
+    """Write images (N, C, H, W), C = 1 or 3, to a picture file as a grid, each channel from its least to its greatest value."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise PyfoldError("save_images: needs pip install pillow") from error
+    if images.dim() != 4 or images.shape[1] not in (1, 3):
+        raise PyfoldError(f"save_images: expected images of 1 or 3 channels, got {tuple(images.shape[1:])}")
+    least, greatest = images.amin((0, 2, 3), keepdim=True), images.amax((0, 2, 3), keepdim=True)
+    pixels = ((images - least) / (greatest - least).clamp_min(1e-12) * 255).round().to(torch.uint8)
+    count, channels, height, width = pixels.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    filled = torch.zeros((rows * columns, channels, height + 1, width + 1), dtype=torch.uint8)
+    filled[:count, :, :height, :width] = pixels
+    grid = filled.view(rows, columns, channels, height + 1, width + 1).permute(0, 3, 1, 4, 2)
+    picture = grid.reshape(rows * (height + 1), columns * (width + 1), channels).expand(-1, -1, 3).contiguous().numpy()
+    Image.fromarray(picture).save(file)
 
 
 def _smooth(images: Tensor) -> Tensor:
