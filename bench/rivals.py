@@ -50,6 +50,7 @@ def prune(units: Units, target_params: int, norm: int, images: Tensor | None, *,
             kept.setdefault(axis, torch.ones(len(traced.axes[axis]), dtype=torch.bool))[places[~stays]] = False
     pruned, rows_only = {}, dict(state)
     for axis, stays in kept.items():
+        assert axis.block is None
         index = stays.nonzero().flatten()
         pruned[axis.name] = pruned.get(axis.name, state[axis.name]).index_select(axis.dim, index)
         if traced.roles[axis] != "in":
@@ -68,13 +69,15 @@ def prune(units: Units, target_params: int, norm: int, images: Tensor | None, *,
 def merge_features(units: Units, target_params: int, images: Tensor | None, *, compensate: bool = True) -> nn.Module:
     """Iterative feature merging."""
     labels = {
-        number: _nearest_pairs(torch.cat([units.along(group, axis) for axis in group.places], 1), k)
+        number: _nearest_pairs(
+            torch.cat([units.along(group, axis) for axis in group.places if group.roles[axis] != "rider"], 1), k
+        )
         for number, (group, k) in enumerate(zip(units.groups, units.widths(target_params), strict=True))
         if k < group.width
     }
     out = merge(units.module, units.traced, units.groups, labels, closed_form=False)
     where = moved(units.traced, units.groups, labels)
-    targets = _targets(units.module, units.traced, units.state, where) if compensate else {}
+    targets = _targets(units.module, units.traced, units.state, where)[0] if compensate else {}
     return _repaired(units.module, out, targets, images)
 
 

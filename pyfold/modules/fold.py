@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -48,7 +49,7 @@ def fold_model(
     Parameters
     ----------
     module : nn.Module
-        On the CPU; left untouched. It runs once on ``example_inputs`` to show which of its parameters belong together.
+        On the CPU; left untouched. It runs on ``example_inputs`` to show which of its parameters belong together.
     example_inputs : Tensor or sequence
         What ``module(*example_inputs)`` takes; a tensor alone is one input. Few and small is fast.
     ratio : float
@@ -64,7 +65,7 @@ def fold_model(
     data : Tensor, (B, ...), or iterable of such, or of pairs that begin with one
         For ``repair="data"``; a DataLoader is one. All of it is held in memory, and what a few layers give on it.
     compensate : bool
-        With ``dir`` and ``data``: regress the layers that read folded units, too.
+        With ``dir`` and ``data``: regress the layers that read folded units, too: ``nn.Linear``, ``nn.Conv2d`` without groups.
     n_images, steps, seed : int
         Of ``dir``: images, steps of descent, and what they begin with.
     save_images : path, optional
@@ -85,7 +86,7 @@ def fold_model(
         If ``module`` is no module.
     """
     began = time.perf_counter()
-    inputs = _checked(module, example_inputs, ratio, target_params, repair, data, save_images)
+    inputs = _checked(module, example_inputs, ratio, target_params, repair, data, save_images, n_images, steps)
     with evaluating(module):
         traced = trace(module, inputs)
     every, refused = unit_groups(traced)
@@ -102,9 +103,7 @@ def fold_model(
     where = moved(traced, groups, labels)
     folded = merge(module, traced, groups, labels, closed_form=repair == "ar")
     _check_runs(module, folded, inputs)
-    images = None
-    if repair in ("dir", "data") and (len(inputs) != 1 or not inputs[0].is_floating_point()):
-        raise PyfoldError(f'repair="{repair}": expected a module of one floating-point input, got {len(inputs)} inputs')
+    images, notes = None, list[str]()
     if repair == "dir" and clusters:
         shape = tuple(inputs[0].shape[1:])
         images = inversion.invert(module, shape, n_images=n_images, steps=steps, seed=seed, progress=progress)
@@ -114,10 +113,11 @@ def fold_model(
         assert data is not None
         images = _tensor_of(data)
     if images is not None:
-        targets = _targets(module, traced, state, where) if compensate else {}
+        targets, notes = _targets(module, traced, state, where) if compensate else ({}, [])
         with evaluating(module), evaluating(folded):
             repairs.regress(module, folded, targets, images, progress=progress)
-    report = _report(module, folded, groups, clusters, refused, time.perf_counter() - began, backend)
+    notes = [*(f"not folded: {name}: {reason}" for name, reason in refused.items()), *notes]
+    report = _report(module, folded, groups, clusters, notes, time.perf_counter() - began, backend)
     return folded, report
 
 
@@ -129,6 +129,8 @@ def _checked(
     repair: str | None,
     data: Any,
     save_images: str | Path | None,
+    n_images: int,
+    steps: int,
 ) -> tuple[Any, ...]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}; checkpoints: pyfold.fold_checkpoint")
@@ -150,7 +152,16 @@ def _checked(
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise PyfoldError(f"{name}: expected finite values")
-    return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    if not isinstance(example_inputs, (Tensor, list, tuple)):
+        raise TypeError(f"example_inputs: expected a tensor, or a sequence of inputs, got {type(example_inputs).__name__}")
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    if repair in ("dir", "data") and not (len(inputs) == 1 and isinstance(inputs[0], Tensor) and inputs[0].is_floating_point()):
+        raise PyfoldError(f'repair="{repair}": expected a module of one floating-point tensor, got {len(inputs)} inputs')
+    if repair == "dir" and inputs[0].dtype != torch.float32:
+        raise PyfoldError(f'repair="dir": expected a float32 module and input, got {inputs[0].dtype}; fold module.float()')
+    if n_images < 2 or steps < 1:
+        raise PyfoldError(f"n_images, steps: expected at least 2 and 1, got {n_images} and {steps}")
+    return inputs
 
 
 def _chosen(groups: list[UnitGroup], refused: dict[str, str], layers: str | Sequence[str] | None) -> list[UnitGroup]:
@@ -214,31 +225,40 @@ def merge(
     return folding.with_state(module, {name: tensor.to(state[name].dtype) for name, tensor in merged.items()})
 
 
-def _targets(module: nn.Module, traced: Traced, state: folding.State, where: dict[Axis, Tensor]) -> dict[str, repairs.Target]:
-    """Layers to regress: those that read folded units, run once, and have no groups."""
+def _targets(
+    module: nn.Module, traced: Traced, state: folding.State, where: dict[Axis, Tensor]
+) -> tuple[dict[str, repairs.Target], list[str]]:
+    """Layers to regress: those that read folded units, run once, and have no groups; and of the others, why not."""
     rows = {**state, **folding.merged_state(traced, folding.normalised_rows(traced, state, where), where, rows_only=True)}
     normalised = {producer.rows.name for producer, _ in folding.normalised(traced)}
-    targets = {}
+    targets: dict[str, repairs.Target] = {}
+    notes = []
     reads = dict.fromkeys(axis.name for axis in traced.axes if axis in where and traced.roles[axis] == "in")
+    uses = Counter(id(tensor) for _, tensor in module.named_parameters(remove_duplicate=False))
     for name in reads:
-        if name in traced.repeated:
-            continue
         prefix = name.rpartition(".")[0]
         layer = module.get_submodule(prefix)
-        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1):
+        if name in traced.repeated or any(uses[id(tensor)] > 1 for tensor in layer.parameters(recurse=False)):
+            notes.append(f"not regressed: {prefix}: what it holds is used more than once")
+        elif isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1):
             bias = None if layer.bias is None else rows[f"{prefix}.bias"]
             targets[prefix] = repairs.Target(rows[name], bias, name in normalised or layer.bias is not None)
-    return targets
+        else:
+            notes.append(f"not regressed: {prefix}: only nn.Linear, and nn.Conv2d without groups, are")
+    return targets, notes
 
 
 def _tensor_of(data: Tensor | Iterable[Any]) -> Tensor:
     every = [data] if isinstance(data, Tensor) else data
-    batches = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in every]
-    if not batches or not all(isinstance(batch, Tensor) for batch in batches):
+    batches = [batch[0] if isinstance(batch, (tuple, list)) and batch else batch for batch in every]
+    tensors = [batch for batch in batches if isinstance(batch, Tensor)]
+    if not tensors or len(tensors) < len(batches):
         raise PyfoldError("data: expected a tensor, or batches that are tensors or begin with one")
-    images = torch.cat(batches)
+    images = torch.cat(tensors)
     if len(images) < 2:
         raise PyfoldError(f"data: expected two samples at least, got {len(images)}")
+    if not bool(torch.isfinite(images).all()):
+        raise PyfoldError("data: expected finite values")
     return images
 
 
@@ -259,7 +279,7 @@ def _report(
     folded: nn.Module,
     groups: Sequence[UnitGroup],
     clusters: dict[int, Clustering],
-    refused: dict[str, str],
+    notes: list[str],
     seconds: float,
     backend: str,
 ) -> FoldReport:
@@ -277,7 +297,7 @@ def _report(
         parameters_after=after[0],
         bytes_before=before[1],
         bytes_after=after[1],
-        notes=[f"not folded: {name}: {reason}" for name, reason in refused.items()],
+        notes=notes,
         seconds=seconds,
         peak_rss_bytes=peak_rss_bytes(),
     )

@@ -69,12 +69,18 @@ def _gains(state: State, each: Normalisation, to: Tensor) -> tuple[Tensor, Tenso
     return common, torch.where(common > 0, weight / common, 1.0)
 
 
+def _factors(traced: Traced, state: State) -> dict[Axis, Tensor]:
+    """What BatchNorm multiplies a layer's rows by, γ / σ, (N,)."""
+    factors = {}
+    for producer, each in normalised(traced):
+        weight = torch.ones(()) if each.weight is None else state[each.weight].float()
+        factors[producer.rows] = weight / deviation(state, each)
+    return factors
+
+
 def features(traced: Traced, state: State, group: UnitGroup) -> Tensor:
     """(N, D) float32: the rows that make a unit, as BatchNorm scales them, what stands beside it, the columns that read it."""
-    gains = {producer.rows: 1 / deviation(state, each) for producer, each in normalised(traced)}
-    for producer, each in normalised(traced):
-        if each.weight is not None:
-            gains[producer.rows] *= state[each.weight].float()
+    gains = _factors(traced, state)
     left_out = {name for each in traced.normalisations for name in (each.mean, each.var)}
     left_out |= {producer.bias for producer, _ in normalised(traced) if producer.bias is not None}
     parts = []
@@ -130,11 +136,15 @@ def _merge(tensor: Tensor, dim: int, to: Tensor, role: str) -> Tensor:
     clusters = int(to.max()) + 1
     if role == "in":
         columns = tensor.movedim(dim, -1)
-        flat = ops.merge_columns(columns.reshape(-1, len(to)).contiguous(), to, clusters)
+        flat = ops.merge_columns(_as_merged(columns.reshape(-1, len(to))), to, clusters)
         return flat.view(*columns.shape[:-1], clusters).movedim(-1, dim)
     rows = tensor.movedim(dim, 0)
-    flat = ops.merge_rows(rows.reshape(len(to), -1).contiguous(), to, clusters)
+    flat = ops.merge_rows(_as_merged(rows.reshape(len(to), -1)), to, clusters)
     return flat.view(clusters, *rows.shape[1:]).movedim(0, dim)
+
+
+def _as_merged(tensor: Tensor) -> Tensor:
+    return (tensor.float() if tensor.dtype == torch.float64 else tensor).contiguous()
 
 
 def rescaled(
@@ -150,7 +160,7 @@ def rescaled(
 
     ``state``: as the module holds it.
     """
-    merged = dict(merged)
+    merged, gains = dict(merged), _factors(traced, state)
     for producer, each in normalised(traced):
         if producer.rows in where:
             to = where[producer.rows]
@@ -160,22 +170,23 @@ def rescaled(
             if each.weight is not None:
                 merged[each.weight] = (merged[each.weight].float() * scale).to(merged[each.weight].dtype)
             else:
-                merged[each.var] = (merged[each.var].float() + each.eps) / scale**2 - each.eps
+                merged[each.var] = ((merged[each.var].float() + each.eps) / scale**2 - each.eps).clamp_min(0)
     for each in traced.normalisations:
         for number, label in labels.items() if each.producer is None else ():
             axis = Axis(each.var, 0)
             if (places := groups[number].places.get(axis)) is None:
                 continue
             made = [axis for axis in groups[number].places if traced.roles[axis] == "out"]
+            outputs = [along(state[axis.name], traced, axis) * gains.get(axis, torch.ones(1))[:, None] for axis in made]
             rows = torch.cat(
-                [along(state[name.name], traced, name)[groups[number].places[name]].flatten(1) for name in made], 1
+                [part[groups[number].places[axis]].flatten(1) for axis, part in zip(made, outputs, strict=True)], 1
             )
             counts = label.bincount()
             variances = merged[each.var].clone()
             for at in places.T:
                 length = _mean_length(rows, deviation(state, each)[at], label)
                 into = torch.zeros_like(counts).scatter_(0, label, where[axis][at])
-                variances[into[counts > 1]] = (length.square() - each.eps)[counts > 1].to(variances.dtype)
+                variances[into[counts > 1]] = (length.square() - each.eps)[counts > 1].clamp_min(0).to(variances.dtype)
             merged[each.var] = variances
     return merged
 

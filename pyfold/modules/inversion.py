@@ -94,7 +94,7 @@ def invert(
                 for step in range(steps):
                     optimizer.param_groups[0]["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
                     found.clear()
-                    output = module(images)
+                    output = module(images.clone())
                     loss = torch.stack(found).sum() + SMOOTH_WEIGHT * _roughness(images)
                     if isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1:
                         if classes is None:

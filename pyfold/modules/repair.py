@@ -51,17 +51,16 @@ def reestimate(module: nn.Module, images: Tensor) -> None:
 @contextmanager
 def _remembering(module: nn.Module) -> Iterator[None]:
     """BatchNorms normalise by the batch and remember its statistics; all else as in evaluation."""
-    before = [(each, each.momentum, each.training) for each in batch_norms(module)]
-    for each, _, _ in before:
-        each.train()
+    before = [(each, each.momentum, each.training, each.track_running_stats) for each in batch_norms(module)]
+    for each, _, _, _ in before:
+        each.training = each.track_running_stats = True
         each.momentum = None
         each.reset_running_stats()
     try:
         yield
     finally:
-        for each, momentum, training in before:
-            each.momentum = momentum
-            each.train(training)
+        for each, momentum, training, tracking in before:
+            each.momentum, each.training, each.track_running_stats = momentum, training, tracking
 
 
 @torch.no_grad()
@@ -80,23 +79,32 @@ def regress(
     layer that reads folded units and runs once. Activations of all images are held together, of a few layers at a time.
     """
     done = 0
+    if not targets:
+        return reestimate(folded, images)
     with _inputs(dense, targets, images) as asked, ExitStack() as hooks:
 
-        def reached(layer: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
+        def reached(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], name: str) -> None:
             nonlocal done
-            source, had = next(asked)
-            assert source == name, f"{source} of the dense module ran where {name} of the folded one did"
+            source, had = next(asked, ("nothing", images))
+            if source != name:
+                raise PyfoldError(
+                    f"{name} runs in the folded module where {source} does in the dense one: set compensate=False"
+                )
             assert isinstance(layer, (nn.Conv2d, nn.Linear))
-            _regress(name, layer, args[0], had, dense.get_submodule(name), targets[name], ridge)
+            _regress(name, layer, _read(args, kwargs), had, dense.get_submodule(name), targets[name], ridge)
             done += 1
             if progress:
                 progress(done, len(targets), "regressing consumers, layers")
 
         for name in targets:
-            handle = folded.get_submodule(name).register_forward_pre_hook(partial(reached, name=name))
+            handle = folded.get_submodule(name).register_forward_pre_hook(partial(reached, name=name), with_kwargs=True)
             hooks.callback(handle.remove)
         with _remembering(folded):
-            folded(images)
+            folded(images.clone())  # it may write into its input, and the dense one reads it too
+
+
+def _read(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
+    return args[0] if args else kwargs["input"]
 
 
 def _regress(
@@ -106,8 +114,13 @@ def _regress(
     size = layer.weight[0].numel()
     gram, cross = torch.zeros(size, size), torch.zeros(size, len(layer.weight))
     read, wanted, count = torch.zeros(size), torch.zeros(len(layer.weight)), 0
+    shifts: tuple[Tensor, Tensor] | None = None  # about the means: sums of squares of what is far from 0 would cancel
+    bias = None if target.bias is None else target.bias.float()
     for patches, part in zip(_patches(layer, seen), had.split(_images_at_once(layer, seen)), strict=True):
-        outputs = _apply(source, part, target.weight, target.bias).float().movedim(1, 0).flatten(1)
+        outputs = _apply(source, part.float(), target.weight.float(), bias).movedim(1, 0).flatten(1)
+        if target.centred:
+            shifts = shifts or (patches.mean(1), outputs.mean(1))
+            patches, outputs = patches - shifts[0][:, None], outputs - shifts[1][:, None]
         gram.addmm_(patches, patches.T)
         cross.addmm_(patches, outputs.T)
         read, wanted, count = read + patches.sum(1), wanted + outputs.sum(1), count + patches.shape[1]
@@ -122,7 +135,8 @@ def _regress(
     solved = torch.cholesky_solve(cross + shrink * layer.weight.float().flatten(1).T, factor).T
     layer.weight.copy_(solved.view_as(layer.weight))
     if layer.bias is not None:
-        layer.bias.copy_((wanted - solved @ read) / count)
+        assert shifts is not None
+        layer.bias.copy_(wanted / count + shifts[1] - solved @ (read / count + shifts[0]))
 
 
 class _Stopped(Exception):
@@ -132,29 +146,31 @@ class _Stopped(Exception):
 @contextmanager
 def _inputs(module: nn.Module, names: Iterable[str], images: Tensor) -> Iterator[Iterator[tuple[str, Tensor]]]:
     """Name and input of each layer as it is reached: the module runs beside its reader, one layer ahead of it at most."""
-    waiting: queue.Queue[tuple[str, Tensor] | BaseException] = queue.Queue(maxsize=1)
+    waiting: queue.Queue[tuple[str, Tensor] | BaseException | None] = queue.Queue(maxsize=1)
     stop = threading.Event()
 
-    def reached(_: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
+    def reached(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], name: str) -> None:
         if stop.is_set():
             raise _Stopped
-        waiting.put((name, args[0]))
+        waiting.put((name, _read(args, kwargs).clone()))  # which may be written into behind the layer
 
     def run() -> None:
         try:
             with torch.no_grad():
-                module(images)
+                module(images.clone())
+            waiting.put(None)
         except BaseException as error:  # the reader raises it
             waiting.put(error)
 
     def taken() -> Iterator[tuple[str, Tensor]]:
-        while True:
-            item = waiting.get()
+        while (item := waiting.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
 
-    handles = [module.get_submodule(name).register_forward_pre_hook(partial(reached, name=name)) for name in names]
+    handles = [
+        module.get_submodule(name).register_forward_pre_hook(partial(reached, name=name), with_kwargs=True) for name in names
+    ]
     thread = threading.Thread(target=run, name="dense module")
     thread.start()
     try:

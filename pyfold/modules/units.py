@@ -98,7 +98,7 @@ class _Trace(TorchFunctionMode):
         self._names = {id(tensor): name for name, tensor in [*module.named_buffers(), *module.named_parameters()]}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = {key: value for key, value in (kwargs or {}).items() if key != "out" or value is not None}
         shapes = {id(leaf): leaf.shape for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         out = func(*args, **kwargs)
         outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -113,9 +113,11 @@ class _Trace(TorchFunctionMode):
         if rule is None or any(each.shape != shapes.get(id(each), each.shape) for each in outs):
             self._unknown(f"{name} takes them together", args, kwargs, outs)
         else:
-            rule(self, out, *args, **kwargs) if rule is not _Trace._move and rule is not _Trace._pad else rule(
-                self, func, out, *args, **kwargs
-            )
+            what = (func, out) if rule in (_Trace._move, _Trace._pad) else (out,)
+            try:
+                rule(self, *what, *args, **kwargs)
+            except (TypeError, ValueError, IndexError, AssertionError, RuntimeError):  # called in a way the rule does not know
+                self._unknown(f"{name} takes them together", args, kwargs, outs)
         return out
 
     # Units
@@ -137,9 +139,12 @@ class _Trace(TorchFunctionMode):
             else:
                 for axis in self._axes_of(tensor):
                     self.pin(axis, f"{name} is used whole")
-                unit = self.pin(self.new(1), f"they meet {name or 'an input or a constant'}, which is used whole")
-                self.put(tensor, unit.expand(tensor.shape))
+                self._one(tensor, f"they meet {name or 'an input or a constant'}, which is used whole")
         return self._units[id(tensor)]
+
+    def _one(self, tensor: Tensor, reason: str) -> None:
+        """All of it is one new unit, pinned."""
+        self.put(tensor, self.pin(self.new(1), reason).view(()).expand(tensor.shape))
 
     def put(self, tensor: Tensor, units: Tensor) -> None:
         assert units.shape == tensor.shape, (units.shape, tensor.shape)
@@ -151,6 +156,8 @@ class _Trace(TorchFunctionMode):
         if axis not in self._traced.axes:
             self._traced.axes[axis] = self.new(size)
             self._traced.roles[axis] = role
+        elif (role == "in") != (self._traced.roles[axis] == "in"):
+            self.pin(self._traced.axes[axis], f"{axis.name} both makes and reads them")
         return self._traced.axes[axis]
 
     def join(self, a: Tensor, b: Tensor) -> None:
@@ -180,8 +187,11 @@ class _Trace(TorchFunctionMode):
             for unit in units.tolist():
                 if unit != NOBODY:
                     traced.pinned.setdefault(self._root(unit), reason)
+        ids = {name: number for number, name in self._names.items()}
         for made, each in self._normalised:
             alone = each.producer and self._used[made] == 1 and each.producer.rows.name not in traced.repeated
+            for name in (each.mean, each.var, each.weight, each.producer and each.producer.bias):
+                alone = alone and (name is None or self._used[ids[name]] == 1)
             traced.normalisations.append(each if alone else each._replace(producer=None))
         return traced
 
@@ -199,20 +209,26 @@ class _Trace(TorchFunctionMode):
                     self.pin(axis, reason)
                 self.pin(self.units(leaf), reason)
         for each in outs:
-            self.put(each, self.pin(self.new(1), reason).expand(each.shape))
+            self._one(each, reason)
 
     def _axes_of(self, tensor: Tensor) -> list[Tensor]:
         """Of a parameter that a rule has seen, or will see: its rows and columns."""
         name = self._names.get(id(tensor))
         if name is None:
             return []
-        sizes = enumerate(tensor.shape[:2])
-        return [self.axis(Axis(name, dim), size, "in" if dim else "out") for dim, size in sizes]
+        axes = [Axis(name, dim) for dim in range(tensor.dim())]
+        roles = [self._traced.roles.get(axis, "in" if axis.dim else "out") for axis in axes]
+        return [self.axis(axis, size, role) for axis, size, role in zip(axes, tensor.shape, roles, strict=True)]
 
     def _move(self, func: Any, out: Any, *args: Any, **kwargs: Any) -> None:
         """Numbers change places: so do the units, by the same function."""
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         before = [self.units(tensor) for tensor in tensors]
+        if self._name == "roll":
+            dims = kwargs.get("dims", args[2] if len(args) > 2 else None)
+            dims = [dims] if isinstance(dims, int) else dims or range(out.dim())
+            if {dim % out.dim() for dim in dims} & set(_varying(before[0])):
+                return self._unknown("forward rolls them by a fixed number", args, kwargs, [out])
         of = {id(tensor): units for tensor, units in zip(tensors, before, strict=True)}
         args, kwargs = tree_map(lambda leaf: of.get(id(leaf), leaf), (args, kwargs))
         after = func(*args, **kwargs)
@@ -241,6 +257,8 @@ class _Trace(TorchFunctionMode):
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
         sizes = {id(each): (1,) * (out.dim() - each.dim()) + tuple(each.shape) for each in operands}
         known = [each for each in operands if id(each) in self._units and id(each) not in self._names] or operands[:1]
+        if not known:
+            return self._one(out, "they meet a number that is computed")
         known.sort(key=lambda each: -len(_varying(self.units(each))))
         units = self.units(known[0]).view(sizes[id(known[0])]).expand(out.shape)
         vary = _varying(units)
@@ -318,7 +336,7 @@ class _Trace(TorchFunctionMode):
         self.put(out, _spread(begun, out.dim() + dim, out.shape))
         if not first:
             self._traced.repeated.add(name)
-        if groups == 1 and rows == 0:
+        if rows == 0 and (groups == 1 or width == 1):
             self._made[id(out)] = Producer(Axis(name, rows), biased)
 
     def _embedding(self, out: Tensor, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -331,15 +349,16 @@ class _Trace(TorchFunctionMode):
         self,
         out: Tensor,
         x: Tensor,
-        mean: Tensor | None,
-        var: Tensor | None,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         training: bool = False,
         momentum: float = 0.1,
         eps: float = 1e-5,
+        use_input_stats: bool = True,
     ) -> None:
-        values = [mean, var, weight, bias]
+        values = [running_mean, running_var, weight, bias]
         names = [None if value is None else self._names.get(id(value)) for value in values]
         along = self.along(self.units(x), 1)
         if any(value is not None and name is None for value, name in zip(values, names, strict=True)):
@@ -386,6 +405,9 @@ class _Trace(TorchFunctionMode):
         for each in outs:
             self.put(each, units.amax(tuple(dims), keepdim))
 
+    def _normalize(self, out: Tensor, x: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12) -> None:
+        self._along_dim(out, x, dim)
+
     def _along_dim(self, out: Tensor, x: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> None:
         if not isinstance(dim, int) or dim % x.dim() in _varying(self.units(x)):
             return self._unknown(f"{self._name} takes them together", (x,), {}, [out])
@@ -419,7 +441,7 @@ _LEAVES = {"setitem", "numpy", "array", "tolist", "item"}  # no tensor comes bac
 _MOVES = """
 view reshape flatten unflatten ravel permute transpose swapaxes movedim t squeeze unsqueeze expand expand_as chunk split
 tensor_split unbind select narrow getitem cat concat concatenate stack repeat flip roll pixel_shuffle pixel_unshuffle
-channel_shuffle view_as reshape_as
+view_as reshape_as
 """
 _EACH = """
 relu relu6 elu selu celu gelu silu mish sigmoid logsigmoid tanh softplus softsign hardtanh hardswish hardsigmoid leaky_relu
@@ -437,8 +459,9 @@ _RULES: dict[str, Callable[..., None]] = {
     **dict.fromkeys(["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"], _Trace._transposed),
     **dict.fromkeys(["interpolate", "upsample"], _Trace._per_channel),
     **dict.fromkeys(["mean", "sum", "amax", "amin", "max", "min", "std", "var"], _Trace._reduce),
-    **dict.fromkeys(["softmax", "log_softmax", "normalize", "cumsum"], _Trace._along_dim),
+    **dict.fromkeys(["softmax", "log_softmax", "cumsum"], _Trace._along_dim),
     **dict.fromkeys(["batch_norm", "instance_norm"], _Trace._batch_norm),
+    "normalize": _Trace._normalize,
     "linear": _Trace._linear,
     "embedding": _Trace._embedding,
     "prelu": _Trace._prelu,
