@@ -472,3 +472,173 @@ def test_a_module_that_fails_on_images_leaves_no_thread(digits) -> None:
         with pytest.raises(RuntimeError):
             pyfold.fold_model(module, ratio=0.5, example_inputs=images[:1], repair="data", data=data)
         assert threading.active_count() == threads
+
+
+class Of(nn.Module):
+    """A forward function of parts."""
+
+    def __init__(self, forward, **parts) -> None:
+        super().__init__()
+        self.function = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def conv(n_in: int, n_out: int, **options) -> nn.Conv2d:
+    return nn.Conv2d(n_in, n_out, 3, padding=1, **options)
+
+
+def tied_norms() -> nn.Module:
+    module = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 5))
+    module[4].weight = module[1].weight
+    return module
+
+
+def tied_biases() -> nn.Module:
+    module = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8), nn.ReLU(), conv(8, 5))
+    module[3].bias = module[0].bias
+    return module
+
+
+def shared(m, x):
+    return m.c(F.relu(m.n(m.a(x))) + F.relu(m.n(m.b(x))))
+
+
+def with_position(m, x):
+    return m.b(F.relu(m.a(x).flatten(2).transpose(1, 2) + m.p)) + m.p.square().sum(-1).mean()
+
+
+ODD = {
+    "a BatchNorm of two layers": lambda: Of(shared, a=conv(3, 8), b=conv(3, 8), n=nn.BatchNorm2d(8), c=conv(8, 5)),
+    "a BatchNorm twice": lambda: Of(
+        lambda m, x: m.c(m.n(m.b(F.relu(m.n(m.a(x)))))), a=conv(3, 8), b=conv(8, 8), n=nn.BatchNorm2d(8), c=conv(8, 5)
+    ),
+    "two BatchNorms of one weight": tied_norms,
+    "two layers of one bias": tied_biases,
+    "shuffled": lambda: nn.Sequential(conv(3, 8), nn.ChannelShuffle(2), conv(8, 5)),
+    "rolled": lambda: Of(lambda m, x: m.b(m.a(x).roll(3, 1)), a=conv(3, 8), b=conv(8, 5)),
+    "rolled in space": lambda: Of(lambda m, x: m.b(F.relu(m.a(x).roll(3, 2))), a=conv(3, 8), b=conv(8, 5)),
+    "a weight both ways": lambda: Of(
+        lambda m, x: F.conv_transpose2d(F.relu(m.a(x)), m.a.weight) + m.b(F.relu(m.a(x))).mean(), a=conv(3, 8), b=conv(8, 5)
+    ),
+    "a parameter used whole": lambda: Of(with_position, a=conv(3, 8), b=nn.Linear(8, 5), p=nn.Parameter(torch.randn(1, 64, 8))),
+    "a scalar": lambda: Of(
+        lambda m, x: m.b(F.relu(m.a(x)) * torch.sigmoid(m.g).exp() * torch.tensor(2.0)) / x.max(),
+        a=conv(3, 8),
+        b=conv(8, 5),
+        g=nn.Parameter(torch.ones(())),
+    ),
+    "InstanceNorm": lambda: nn.Sequential(conv(3, 8), nn.InstanceNorm2d(8, affine=True), nn.ReLU(), conv(8, 5)),
+    "normalised along channels": lambda: Of(lambda m, x: m.b(F.normalize(m.a(x), dim=1)), a=conv(3, 8), b=conv(8, 5)),
+    "a call that no rule knows": lambda: Of(
+        lambda m, x: m.b(m.a(x) * m.a(x).mean(axis=1, keepdim=True) + x.var((2, 3), True, True).mean()),
+        a=conv(3, 8),
+        b=conv(8, 5),
+    ),
+    "depthwise": lambda: nn.Sequential(
+        *[conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8, groups=8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 5)]
+    ),
+}
+
+
+@pytest.mark.parametrize("closed_form", [False, True])
+@pytest.mark.parametrize("name", ODD)
+def test_duplicates_in_odd_modules_fold_without_loss_or_not_at_all(name: str, closed_form: bool) -> None:
+    torch.manual_seed(0)
+    module = randomised(ODD[name](), 0)
+    x = torch.randn(2, 3, 8, 8)
+    traced, groups, refused, labels = with_duplicates(module, (x[:1],), 0)
+    assert groups or refused
+    folded = merge(module, traced, groups, labels, closed_form=closed_form)
+    expected = module(x).detach()
+    assert torch.allclose(folded(x), expected, atol=1e-4 * float(expected.abs().max()))
+    if name in ("rolled in space", "a scalar", "InstanceNorm", "depthwise"):
+        assert groups
+
+
+def repaired(module: nn.Module, x: Tensor, **options) -> nn.Module:
+    return pyfold.fold_model(module, ratio=0.25, example_inputs=x[:1], repair="data", data=x, **options)[0]
+
+
+def test_what_a_module_does_in_place_changes_nothing() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(32, 3, 8, 8)
+    parts = {"a": conv(3, 8), "n": nn.BatchNorm2d(8), "b": conv(8, 8), "s": conv(8, 8, bias=False), "c": conv(8, 5)}
+    outputs = []
+    for inplace in (False, True):
+
+        def forward(m, x, inplace=inplace):
+            x = x.div_(3) if inplace else x / 3
+            h = m.n(m.a(x))
+            s = m.s(h)
+            h = F.relu(h, inplace=inplace)
+            h = h.add_(s) if inplace else h + s
+            return m.c(F.relu(m.b(h), inplace=inplace))
+
+        before = x.clone()
+        folded = repaired(randomised(Of(forward, **copy.deepcopy(parts)), 0), x)
+        assert torch.equal(x, before)
+        outputs.append(folded(x.clone()))
+    assert torch.allclose(*outputs, atol=1e-5)
+
+
+@torch.no_grad()
+def test_modules_of_other_types_and_far_from_zero() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(256, 16)
+    module = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4))
+    module[0].bias.data += 4
+    dense = module(x)
+    assert float((repaired(module, x)(x) - dense).square().mean()) < 0.2 * float(dense.var())
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        folded = repaired(copy.deepcopy(module).to(dtype), x.to(dtype))
+        assert {each.dtype for each in folded.parameters()} == {dtype}
+        assert float((folded(x.to(dtype)).float() - dense).square().mean()) < 0.2 * float(dense.var())
+
+
+def test_a_folded_module_that_runs_other_layers_is_refused() -> None:
+    """Not waited for for ever."""
+    torch.manual_seed(0)
+    calls = []
+
+    def forward(m, x):
+        calls.append(m.a.out_features)
+        h = F.relu(m.a(x))
+        return m.b(h) if m.a.out_features == 8 else m.b(h) + m.c(h)
+
+    x = torch.randn(8, 4)
+    module = Of(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 3), c=nn.Linear(8, 3))
+    traced = trace(module, (x[:1],))
+    assert "c.weight" not in {axis.name for axis in traced.axes}
+    target = repair.Target(module.c.weight.detach(), module.c.bias.detach(), True)
+    folded = copy.deepcopy(module)
+    folded.function = lambda m, x: m.c(F.relu(m.a(x)))
+    with pytest.raises(ValueError, match="c runs in the folded module where nothing does in the dense one"):
+        repair.regress(module, folded, {"c": target}, x)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"repair": "dir", "n_images": 1}, "n_images, steps: expected at least 2 and 1"),
+        ({"repair": "dir", "steps": 0}, "n_images, steps: expected at least 2 and 1"),
+        ({"repair": "data", "data": [()]}, "data: expected a tensor, or batches"),
+        ({"repair": "data", "data": torch.full((4, 1, 8, 8), float("nan"))}, "data: expected finite"),
+        ({"example_inputs": {"x": 1}}, "example_inputs: expected a tensor, or a sequence"),
+    ],
+)
+def test_options_out_of_range(digits, options, said: str) -> None:
+    module, images, _ = digits
+    with pytest.raises((ValueError, TypeError), match=said):
+        pyfold.fold_model(module, **{"ratio": 0.5, "example_inputs": images[:1], **options})
+
+
+def test_layers_that_are_not_regressed_are_named() -> None:
+    convolutions = [nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 8, 3)]
+    module = nn.Sequential(*convolutions, nn.ReLU(), nn.Flatten(), nn.Linear(32, 4)).eval()
+    x = torch.randn(9, 3, 8)
+    report = pyfold.fold_model(module, ratio=0.5, example_inputs=x[:2], repair="data", data=x)[1]
+    assert "not regressed: 3: only nn.Linear, and nn.Conv2d without groups, are" in report.notes

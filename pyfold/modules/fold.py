@@ -88,7 +88,7 @@ def fold_model(
     began = time.perf_counter()
     inputs = _checked(module, example_inputs, ratio, target_params, repair, data, save_images, n_images, steps)
     with evaluating(module):
-        traced = trace(module, inputs)
+        traced = trace(module, _copied(inputs))
     every, refused = unit_groups(traced)
     groups = _chosen(every, refused, layers)
     state = folding.state_of(module)
@@ -162,6 +162,11 @@ def _checked(
     if n_images < 2 or steps < 1:
         raise PyfoldError(f"n_images, steps: expected at least 2 and 1, got {n_images} and {steps}")
     return inputs
+
+
+def _copied(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """For a module that may write into them."""
+    return tuple(each.clone() if isinstance(each, Tensor) else each for each in inputs)
 
 
 def _chosen(groups: list[UnitGroup], refused: dict[str, str], layers: str | Sequence[str] | None) -> list[UnitGroup]:
@@ -266,10 +271,10 @@ def _check_runs(module: nn.Module, folded: nn.Module, inputs: tuple[Any, ...]) -
     advice = "its forward takes units for a fixed number of them; leave their layers out with layers="
     with torch.no_grad(), evaluating(module), evaluating(folded):
         try:
-            after = folded(*inputs)
+            after = folded(*_copied(inputs))
         except (RuntimeError, ValueError, IndexError) as error:
             raise PyfoldError(f"the folded module does not run ({error}): {advice}") from error
-        before = module(*inputs)
+        before = module(*_copied(inputs))
     if isinstance(before, Tensor) and before.shape != after.shape:
         raise PyfoldError(f"the folded module gives {tuple(after.shape)} instead of {tuple(before.shape)}: {advice}")
 
