@@ -79,14 +79,20 @@ def _factors(traced: Traced, state: State) -> dict[Axis, Tensor]:
 
 
 def features(traced: Traced, state: State, group: UnitGroup) -> Tensor:
-    """(N, D) float32: the rows that make a unit, as BatchNorm scales them, what stands beside it, the columns that read it."""
-    gains = _factors(traced, state)
+    """(N, D) float32: the rows that make a unit, as BatchNorm scales them, what stands beside it, and the columns that read it,
+    over what their own BatchNorm divides by: else the layers that give most would speak for all."""
+    scaled, gains = dict(state), {}
+    for producer, each in normalised(traced):
+        rows = state[producer.rows.name].float()
+        scaled[producer.rows.name] = rows / deviation(state, each).view(-1, *[1] * (rows.dim() - 1))
+        if each.weight is not None:
+            gains[producer.rows] = state[each.weight].float()
     left_out = {name for each in traced.normalisations for name in (each.mean, each.var)}
     left_out |= {producer.bias for producer, _ in normalised(traced) if producer.bias is not None}
     parts = []
     for axis, places in group.places.items():
         if axis.name not in left_out:
-            values = along(state[axis.name], traced, axis)
+            values = along(scaled[axis.name], traced, axis)
             if axis in gains:
                 values = values * gains[axis][:, None]
             parts.append(values[places].reshape(len(places), -1))
