@@ -252,21 +252,9 @@ def _progress_bar(args: argparse.Namespace, unit: str) -> Iterator[Progress | No
     if args.quiet or args.json or not sys.stderr.isatty():
         yield None
         return
-    from tqdm import tqdm
+    from pyfold.progress import bar
 
-    # A terminal that does not know its size says 0 x 0, and tqdm would then print nothing.
-    columns, lines = os.get_terminal_size(sys.stderr.fileno())
-    with tqdm(unit=unit, unit_scale=True, ncols=columns or 80, nrows=lines or 24, leave=False) as bar:
-
-        def show(done: int, total: int, what: str) -> None:
-            what, _, of = what.partition(", ")
-            if what != bar.desc.removesuffix(": ") and total != bar.total:  # another kind of work
-                bar.reset(total)
-            bar.total, bar.unit = total, f" {of}" if of else unit
-            bar.set_description(what, refresh=False)
-            bar.update(done - bar.n)
-            bar.refresh()
-
+    with bar(unit) as show:
         yield show
 
 

@@ -57,6 +57,8 @@ class Residual(nn.Module):
                 block["a"] = nn.Conv2d(channels, 1, 3, padding=1)
             elif kind == "transposed":
                 block["a"], block["b"] = nn.ConvTranspose2d(channels, 6, 2, stride=2), nn.Conv2d(6, channels, 2, stride=2)
+            elif kind == "layer norm":
+                block["a"], block["norm"], block["b"] = nn.Conv2d(channels, 9, 1), nn.LayerNorm(9), nn.Linear(9, channels)
             self.layers.append(block)
         self.head = nn.Sequential(nn.Linear(channels * 4, 20), nn.GELU(), nn.Linear(20, 5))
 
@@ -81,20 +83,26 @@ class Residual(nn.Module):
                 x = torch.sigmoid(block["a"](x)) * x + torch.where(x > 0, x, 0.1 * x)
             elif kind == "transposed":
                 x = x + block["b"](F.relu(block["a"](x)))
+            elif kind == "layer norm":
+                x = x + block["b"](F.gelu(block["norm"](block["a"](x).permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
         return self.head(F.adaptive_avg_pool2d(x, 2).flatten(1))
 
 
 KINDS = ["residual", "preactivation", "concatenation", "depthwise", "multiplied", "grouped", "gated", "attended", "transposed"]
+KINDS += ["layer norm"]
 
 
 def randomised(module: nn.Module, seed: int) -> nn.Module:
-    """With BatchNorms that do something, as a trained one's."""
+    """With norms that do something, as a trained one's."""
     generator = torch.Generator().manual_seed(seed)
     for each in module.modules():
         if isinstance(each, nn.BatchNorm2d):
             for tensor in (each.weight, each.bias, each.running_mean):
                 tensor.data = torch.randn(tensor.shape, generator=generator)
             each.running_var.data = 0.5 + torch.rand(each.running_var.shape, generator=generator)
+        elif isinstance(each, nn.LayerNorm):
+            for tensor in (each.weight, each.bias):
+                tensor.data = torch.randn(tensor.shape, generator=generator)
     return module.eval()
 
 
@@ -375,6 +383,21 @@ def test_exported() -> None:
     assert torch.allclose(program.module()(x), folded(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["residual", "grouped", "layer norm"])
+def test_exported_to_onnx(kind: str, tmp_path: Path) -> None:
+    """And ONNX's own runtime gives the same numbers, for any batch."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    module, x = randomised(Residual([kind]), 3), torch.randn(2, 3, 8, 8)
+    folded, _ = pyfold.fold_model(module, ratio=0.4, example_inputs=x[:1])
+    batch = {0: torch.export.Dim("batch")}
+    torch.onnx.export(folded, (x,), tmp_path / "net.onnx", dynamo=True, dynamic_shapes=(batch,), verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    more = torch.randn(5, 3, 8, 8)
+    (found,) = session.run(None, {session.get_inputs()[0].name: more.numpy()})
+    assert torch.allclose(torch.from_numpy(found), folded(more), atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def digits():
     """A small network trained on scikit-learn's digits; images and labels that it did not see."""
@@ -456,6 +479,21 @@ def test_images_are_saved_as_a_grid(digits, tmp_path: Path) -> None:
     with image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (4 * 9, 3 * 9)
         assert grid.convert("L").getextrema() == (0, 255)
+
+
+def test_a_bar_says_how_far_it_is(digits, capsys) -> None:
+    module, images, _ = digits
+    options = {"ratio": 0.5, "example_inputs": images[:1], "n_images": 10, "steps": 2}
+    pyfold.fold_model(module, **options, repair="dir")
+    assert capsys.readouterr().err == ""
+    pyfold.fold_model(module, **options, repair="dir", progress=True)
+    shown = capsys.readouterr().err
+    assert "synthesising images: 100%" in shown
+    assert "regressing consumers: 100%" in shown
+    calls = []
+    pyfold.fold_model(module, **options, repair="dir", progress=lambda *call: calls.append(call))
+    assert calls[1] == (20, 20, "synthesising images, steps")
+    assert calls[-1][0] == calls[-1][1]
 
 
 def test_one_image_is_no_data(digits) -> None:

@@ -6,6 +6,7 @@ import fnmatch
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from pyfold.modules import repair as repairs
 from pyfold.modules.groups import UnitGroup, moved, unit_groups
 from pyfold.modules.modes import evaluating
 from pyfold.modules.units import Axis, Traced, trace
-from pyfold.progress import Progress
+from pyfold.progress import Progress, bar
 from pyfold.report import FoldReport, GroupReport, peak_rss_bytes
 
 Repair = Literal["ar", "dir", "data"]
@@ -42,7 +43,7 @@ def fold_model(
     seed: int = 0,
     save_images: str | Path | None = None,
     backend: str = "auto",
-    progress: Progress | None = None,
+    progress: Progress | bool = False,
 ) -> tuple[nn.Module, FoldReport]:
     """Fold the channels and hidden units of a module, without data unless ``repair="data"``.
 
@@ -72,6 +73,8 @@ def fold_model(
         Of ``dir``: a picture file for the images, as a grid to look at; needs ``pip install pillow``.
     backend : str
         One of :func:`pyfold.ops.backends`.
+    progress : bool or callable
+        True: a bar on stderr while images are made and layers regressed. A callable gets work done, work in all, and its name.
 
     Returns
     -------
@@ -103,20 +106,20 @@ def fold_model(
     where = moved(traced, groups, labels)
     folded = merge(module, traced, groups, labels, closed_form=repair == "ar")
     _check_runs(module, folded, inputs)
-    images, notes = None, list[str]()
-    if repair == "dir" and clusters:
-        shape = tuple(inputs[0].shape[1:])
-        images = inversion.invert(module, shape, n_images=n_images, steps=steps, seed=seed, progress=progress)
-        if save_images is not None:
-            inversion.save_grid(images, save_images)
-    elif repair == "data" and clusters:
-        assert data is not None
-        images = _tensor_of(data)
-    if images is not None:
-        targets, notes = _targets(module, traced, state, where) if compensate else ({}, [])
-        with evaluating(module), evaluating(folded):
-            repairs.regress(module, folded, targets, images, progress=progress)
-    notes = [*(f"not folded: {name}: {reason}" for name, reason in refused.items()), *notes]
+    notes = [f"not folded: {name}: {reason}" for name, reason in refused.items()]
+    if repair in ("dir", "data") and clusters:
+        with _shown(progress) as show:
+            if data is None:
+                shape = tuple(inputs[0].shape[1:])
+                images = inversion.invert(module, shape, n_images=n_images, steps=steps, seed=seed, progress=show)
+                if save_images is not None:
+                    inversion.save_grid(images, save_images)
+            else:
+                images = _tensor_of(data)
+            targets, left_out = _targets(module, traced, state, where) if compensate else ({}, [])
+            notes += left_out
+            with evaluating(module), evaluating(folded):
+                repairs.regress(module, folded, targets, images, progress=show)
     report = _report(module, folded, groups, clusters, notes, time.perf_counter() - began, backend)
     return folded, report
 
@@ -162,6 +165,12 @@ def _checked(
     if n_images < 2 or steps < 1:
         raise PyfoldError(f"n_images, steps: expected at least 2 and 1, got {n_images} and {steps}")
     return inputs
+
+
+def _shown(progress: Progress | bool) -> AbstractContextManager[Progress | None]:
+    if progress is True:
+        return bar("")
+    return nullcontext(progress or None)
 
 
 def _copied(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -227,7 +236,8 @@ def merge(
     merged = folding.merged_state(traced, folding.normalised_rows(traced, state, where), where)
     if closed_form:
         merged = folding.rescaled(traced, state, merged, where, groups, labels)
-    return folding.with_state(module, {name: tensor.to(state[name].dtype) for name, tensor in merged.items()})
+    types = {name: tensor.dtype for name, tensor in state.items()}
+    return folding.with_state(module, {name: tensor.to(types.get(name, tensor.dtype)) for name, tensor in merged.items()})
 
 
 def _targets(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyfold import ops
 from pyfold.modules.groups import UnitGroup
+from pyfold.modules.norms import SHARE, WeightedLayerNorm
 from pyfold.modules.units import Axis, Normalisation, Producer, Traced
 
 State = dict[str, Tensor]
@@ -135,6 +136,10 @@ def merged_state(traced: Traced, state: State, where: Mapping[Axis, Tensor], *, 
             if not (rows_only and traced.roles[axis] == "in"):
                 tensor = _merge(tensor, axis.dim, where[axis], traced.roles[axis])
         merged[name] = tensor.to(state[name].dtype)
+    for axis in traced.layer_norms:
+        if axis in where:
+            counts = where[axis].bincount().to(state[axis.name].dtype)
+            merged[f"{axis.name.rpartition('.')[0]}.{SHARE}"] = counts / len(where[axis])
     return merged
 
 
@@ -216,9 +221,20 @@ def with_state(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
             new = new.clone().contiguous()
             memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
     out = copy.deepcopy(module, memo)
+    for name, share in state.items():
+        path, _, own = name.rpartition(".")
+        if own == SHARE and isinstance(layer := out.get_submodule(path), nn.LayerNorm):
+            _exchange(out, layer, WeightedLayerNorm(layer, share))
     for layer in out.modules():
         _resize(layer)
     return out
+
+
+def _exchange(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if child is old:
+                setattr(parent, name, new)
 
 
 def _resize(layer: nn.Module) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 import pyfold
 from pyfold.errors import PyfoldError
 from pyfold.modules.folding import state_of, with_state
+from pyfold.modules.norms import SHARE
 
 WEIGHTS, WIDTHS = "model.safetensors", "pyfold-widths.json"
 
@@ -47,8 +48,9 @@ def load_model(module: nn.Module, folder: str | Path) -> nn.Module:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise PyfoldError(f"{folder}: not what save_model writes ({error})") from error
     names = set(state_of(module))
-    if names != set(state):
-        odd = sorted(names ^ set(state))[0]
+    norms = {f"{name}.{SHARE}" for name, each in module.named_modules() if isinstance(each, nn.LayerNorm)}
+    if names - set(state) or set(state) - names - norms:
+        odd = sorted((names - set(state)) | (set(state) - names - norms))[0]
         raise PyfoldError(
             f"{folder}: '{odd}' is {'not in the file' if odd in names else 'not in the module'}; wrong architecture?"
         )

@@ -62,6 +62,8 @@ class Traced:
     pinned : dict of int to str
         Units that cannot be folded, and why.
     normalisations : list of Normalisation
+    layer_norms : list of Axis
+        The weights of ``nn.LayerNorm`` along units.
     repeated : set of str
         Weights that more than one product uses.
     """
@@ -70,6 +72,7 @@ class Traced:
     roles: dict[Axis, str] = field(default_factory=dict)
     pinned: dict[int, str] = field(default_factory=dict)
     normalisations: list[Normalisation] = field(default_factory=list)
+    layer_norms: list[Axis] = field(default_factory=list)
     repeated: set[str] = field(default_factory=set)
 
 
@@ -95,6 +98,7 @@ class _Trace(TorchFunctionMode):
         self._made: dict[int, Producer] = {}
         self._normalised: list[tuple[int, Normalisation]] = []
         self._reasons: list[tuple[Tensor, str]] = []
+        self._layers = dict(module.named_modules())
         self._names = {id(tensor): name for name, tensor in [*module.named_buffers(), *module.named_parameters()]}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -183,6 +187,13 @@ class _Trace(TorchFunctionMode):
         traced = self._traced
         for axis, units in traced.axes.items():
             traced.axes[axis] = torch.tensor([self._root(unit) for unit in units.tolist()])
+        makers = Counter(
+            unit for axis, units in traced.axes.items() if traced.roles[axis] == "out" for unit in set(units.tolist())
+        )
+        for axis in traced.layer_norms:
+            units = traced.axes[axis]
+            if any(makers[unit] > 1 for unit in units.tolist()):
+                self.pin(units, f"{axis.name.rpartition('.')[0]}, a layer_norm, takes a sum of layers together")
         for units, reason in self._reasons:
             for unit in units.tolist():
                 if unit != NOBODY:
@@ -371,6 +382,28 @@ class _Trace(TorchFunctionMode):
             made = Normalisation(self._made.get(id(x)), names[0], names[1], names[2], names[3], eps)
             self._normalised.append((id(x), made))
 
+    def _layer_norm(
+        self,
+        out: Tensor,
+        x: Tensor,
+        shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> None:
+        """Of an ``nn.LayerNorm``, which can be told how many units each stands for; along them alone."""
+        names = [self._names.get(id(each)) for each in (weight, bias) if each is not None]
+        layer = (names[0] or "").rpartition(".")[0] if names else ""
+        own = names in ([f"{layer}.weight"], [f"{layer}.weight", f"{layer}.bias"])
+        last = x.dim() - 1
+        if type(self._layers.get(layer)) is not nn.LayerNorm or not own or _varying(self.units(x)) != [last]:
+            return self._unknown("layer_norm takes them together", (x, weight, bias), {}, [out])
+        along = self.along(self.units(x), last)
+        for name in names:
+            self.join(along, self.axis(Axis(str(name), 0), len(along), "rider"))
+        self._traced.layer_norms.append(Axis(f"{layer}.weight", 0))
+        self.put(out, _spread(along, last, out.shape))
+
     def _per_channel(self, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:
         """Within channels, dimension 1, whatever happens along those behind it."""
         along = self.along(self.units(x), 1)
@@ -461,6 +494,7 @@ _RULES: dict[str, Callable[..., None]] = {
     **dict.fromkeys(["mean", "sum", "amax", "amin", "max", "min", "std", "var"], _Trace._reduce),
     **dict.fromkeys(["softmax", "log_softmax", "cumsum"], _Trace._along_dim),
     **dict.fromkeys(["batch_norm", "instance_norm"], _Trace._batch_norm),
+    "layer_norm": _Trace._layer_norm,
     "normalize": _Trace._normalize,
     "linear": _Trace._linear,
     "embedding": _Trace._embedding,
