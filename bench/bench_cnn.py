@@ -173,10 +173,10 @@ def test_accuracy(net: Net) -> None:
     if sizes.tested is None:
         error = 100 * (dense / 100 * (1 - dense / 100) / len(net.images)) ** 0.5
         report.notes.append(f"{net.name}: standard error of an accuracy {error:.2f} points.")
+    report.complete = True
     folder = RESULTS if sizes.tested is None else Path(tempfile.mkdtemp(prefix="cnn-"))
     plots.accuracies(folder / f"cnn-{net.name}-accuracy.png", net.name, dense, curves)
     plots.variances(folder / f"cnn-{net.name}-variance.png", net.name, ratios)
-    report.complete = True
     report.notes.append(f"{net.name}: pictures in {folder.relative_to(RESULTS.parent) if folder == RESULTS else folder}.")
 
 

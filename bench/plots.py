@@ -22,7 +22,7 @@ def accuracies(file: Path, title: str, dense: float, curves: Mapping[str, Curve]
     for name, points in curves.items():
         method, repair = name.partition(", ")[0], name.rpartition(", ")[2]
         style = "-" if method == "fold" else "--"
-        axes = panels[repair in REGRESSED]
+        axes = panels[int(repair in REGRESSED)]
         axes.plot(*zip(*points, strict=True), style, marker=marks[method], markersize=4, color=colours[repair], label=name)
     for axes, what in zip(panels, ("weights and statistics", "consumers regressed"), strict=True):
         axes.axhline(dense, color="black", linewidth=0.8, label=f"dense, {dense:.1f}")

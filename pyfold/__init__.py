@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pyfold.clustering.regime import Explanation as Explanation
     from pyfold.clustering.regime import explain as explain
     from pyfold.evaluate import perplexity as perplexity
+    from pyfold.export import ExportReport as ExportReport
+    from pyfold.export import export_checkpoint as export_checkpoint
     from pyfold.modules.fold import fold_model as fold_model
     from pyfold.modules.saving import load_model as load_model
     from pyfold.modules.saving import save_model as save_model
@@ -27,11 +29,13 @@ if TYPE_CHECKING:
 _HOME = {
     "Clustering": "clustering",
     "Explanation": "clustering.regime",
+    "ExportReport": "export",
     "FoldReport": "report",
     "KMeans": "clustering.estimator",
     "KMeansResult": "clustering.kmeans",
     "cluster": "clustering",
     "explain": "clustering.regime",
+    "export_checkpoint": "export",
     "fold_checkpoint": "pipeline",
     "fold_model": "modules.fold",
     "kmeans": "clustering.kmeans",

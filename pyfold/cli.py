@@ -235,6 +235,25 @@ def _eval(args: argparse.Namespace) -> None:
         picture.draw(rows)
 
 
+def _export(args: argparse.Namespace) -> None:
+    from pyfold.deliver.engines import engines, lines
+    from pyfold.export import export_checkpoint
+
+    if not args.quiet and not args.json:
+        print("\n".join(lines(engines(args.to, Path(args.destination)))), flush=True)
+    with _progress_bar(args, "B") as progress:
+        report = export_checkpoint(
+            args.source, args.destination, to=args.to, dtype=args.dtype, overwrite=args.overwrite, progress=progress
+        )
+    if args.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif not args.quiet:
+        types = ", ".join(f"{count} {kind}" for kind, count in report.types.items())
+        print(f"{report.path}: {report.architecture}, {types}, {report.n_bytes:,} bytes in {report.seconds:.1f} s")
+        for note in report.notes:
+            print(f"note: {note}")
+
+
 def _verify(args: argparse.Namespace) -> None:
     from pyfold.verify import verify_checkpoint
 
@@ -328,6 +347,26 @@ def _parser() -> argparse.ArgumentParser:
     _width_options(inspect, required=False)
     _common_options(inspect)
     inspect.set_defaults(run=_inspect)
+
+    export = commands.add_parser(
+        "export",
+        help="write a checkpoint as what a serving stack reads",
+        description="Write SRC, folded or not, as a GGUF file for llama.cpp, and say which engines take it, by which command. "
+        "Layers that differ are written as llama.cpp's deci. One tensor at a time is in memory.",
+        epilog="Example: pyfold export ./model-folded model-folded.gguf --to gguf --dtype q8_0",
+    )
+    export.add_argument("source", metavar="SRC", help="checkpoint folder or Hugging Face model id")
+    export.add_argument("destination", metavar="OUT", help="file to write")
+    export.add_argument("--to", choices=("gguf",), default="gguf", help="format (default gguf)")
+    export.add_argument(
+        "--dtype",
+        choices=("keep", "float32", "float16", "bfloat16", "q8_0"),
+        default="keep",
+        help="of matrices (default: as in SRC); vectors are float32",
+    )
+    export.add_argument("--overwrite", action="store_true", help="replace the file at OUT once the new one is complete")
+    _common_options(export)
+    export.set_defaults(run=_export)
 
     verify = commands.add_parser(
         "verify",

@@ -65,6 +65,10 @@ class Family(Protocol):
         """Of its classes in transformers: ``Llama`` for LlamaForCausalLM, LlamaModel, LlamaMLP."""
 
     @property
+    def gguf(self) -> str:
+        """What llama.cpp calls the architecture."""
+
+    @property
     def checks_heads(self) -> bool:
         """Whether its config in transformers wants num_attention_heads to divide hidden_size."""
 

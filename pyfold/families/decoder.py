@@ -25,6 +25,7 @@ class DecoderFamily:
 
     model_type: str
     class_prefix: str
+    gguf: str
     checks_heads: bool = False
 
     def fold_groups(self, checkpoint: Checkpoint) -> list[FoldGroup]:
