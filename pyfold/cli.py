@@ -240,10 +240,19 @@ def _export(args: argparse.Namespace) -> None:
     from pyfold.export import export_checkpoint
 
     if not args.quiet and not args.json:
-        print("\n".join(lines(engines(args.to, Path(args.destination)))), flush=True)
+        profile = args.to.removeprefix("hf-")
+        print("\n".join(lines(engines(profile, Path(args.destination), args.tp))), flush=True)
     with _progress_bar(args, "B") as progress:
         report = export_checkpoint(
-            args.source, args.destination, to=args.to, dtype=args.dtype, overwrite=args.overwrite, progress=progress
+            args.source,
+            args.destination,
+            to=args.to,
+            dtype=args.dtype,
+            multiple_of=args.multiple_of,
+            tp=args.tp,
+            max_shard_size=args.max_shard_size,
+            overwrite=args.overwrite,
+            progress=progress,
         )
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))
@@ -351,20 +360,24 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser(
         "export",
         help="write a checkpoint as what a serving stack reads",
-        description="Write SRC, folded or not, as a GGUF file for llama.cpp, and say which engines take it, by which command. "
-        "Layers that differ are written as llama.cpp's deci. One tensor at a time is in memory.",
+        description="Write SRC, folded or not, for engines, and say first which take it, by which command. hf-stock: an "
+        "ordinary checkpoint without custom code; layers that differ are made alike by zeros, without loss. gguf: a file for "
+        "llama.cpp; layers that differ are its deci. One tensor at a time is in memory.",
         epilog="Example: pyfold export ./model-folded model-folded.gguf --to gguf --dtype q8_0",
     )
     export.add_argument("source", metavar="SRC", help="checkpoint folder or Hugging Face model id")
-    export.add_argument("destination", metavar="OUT", help="file to write")
-    export.add_argument("--to", choices=("gguf",), default="gguf", help="format (default gguf)")
+    export.add_argument("destination", metavar="OUT", help="folder to write; of gguf the file")
+    export.add_argument("--to", choices=("hf-stock", "gguf"), required=True, help="format")
     export.add_argument(
         "--dtype",
         choices=("keep", "float32", "float16", "bfloat16", "q8_0"),
         default="keep",
-        help="of matrices (default: as in SRC); vectors are float32",
+        help="of the weights (default: as in SRC); q8_0 for gguf, whose vectors are always float32",
     )
-    export.add_argument("--overwrite", action="store_true", help="replace the file at OUT once the new one is complete")
+    export.add_argument("--multiple-of", type=int, metavar="M", help="hf-stock: make the width a multiple of M by zeros")
+    export.add_argument("--tp", type=int, metavar="N", help="hf-stock: for N devices, a multiple of 128 N by zeros")
+    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="hf-stock: largest file (default 5GB)")
+    export.add_argument("--overwrite", action="store_true", help="replace what is at OUT once the new one is complete")
     _common_options(export)
     export.set_defaults(run=_export)
 

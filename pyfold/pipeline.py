@@ -364,14 +364,8 @@ def prepare(
         raise PyfoldError(
             f"allocate: {multiple_of or 1} units a group have {least:,} parameters, and there is room for {plan.room:,}"
         )
-    if plan.heads and family.checks_heads and len(set(plan.kv_heads.values())) == 1:
-        one, k = plan.heads[0]
-        heads, hidden = k * one.n_queries, checkpoint.config["hidden_size"]
-        if hidden % heads:
-            raise PyfoldError(
-                f"heads_ratio: {heads} query heads do not divide a hidden_size of {hidden}, which {family.class_prefix}Config "
-                "asks for where all layers have as many; choose another, or some of the layers"
-            )
+    if plan.heads:
+        huggingface.patched_config(checkpoint, family, plan, dtype)  # before anything long: what no config can say
     if profile == "stock" and not plan.uniform:
         raise PyfoldError("profile: stock is one width, and one number of heads, for all layers; fold all of them alike")
     options: dict[str, Any] = {

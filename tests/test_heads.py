@@ -270,7 +270,8 @@ def test_a_fold_of_heads_goes_on_where_it_was_stopped(
 
 
 def test_what_cannot_be_done_with_heads_is_said(source: Path, text: Path, tmp_path: Path) -> None:
-    odd = with_tokenizer(tiny_checkpoint(tmp_path / "odd", **GROUPS | {"hidden_size": 42}))
+    biases = {"attention_bias": True, "hidden_size": 42}
+    odd = with_tokenizer(tiny_checkpoint(tmp_path / "odd", **GROUPS | biases))
     with pytest.raises(PyfoldError, match="4 query heads do not divide a hidden_size of 42"):
         fold(odd, tmp_path / "dst", text, heads_ratio=0.33)
     function: dict[str, Any] = {"metric": "function", "calibration": text, "ratio": 0.25}

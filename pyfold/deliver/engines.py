@@ -16,8 +16,8 @@ class Engine:
     reason: str | None = None
 
 
-def engines(profile: str, path: Path) -> list[Engine]:
-    """``profile``: ``stock``, ``per-layer`` or ``gguf`` (a file)."""
+def engines(profile: str, path: Path, tp: int | None = None) -> list[Engine]:
+    """``profile``: ``stock``, ``per-layer`` or ``gguf`` (a file). ``tp``: on so many devices."""
     at = shlex.quote(str(path))
     if profile == "gguf":
         reason = "reads safetensors folders; export the folder that the file was made of"
@@ -26,16 +26,18 @@ def engines(profile: str, path: Path) -> list[Engine]:
             *(Engine(name, reason=reason) for name in ("vLLM", "SGLang", "TensorRT-LLM")),
         ]
     serve = "transformers serve"
-    convert = Engine("llama.cpp", reason=f"reads GGUF: pyfold export {at} {at}.gguf --to gguf")
+    gguf = shlex.quote(f"{path}.gguf")
+    convert = Engine("llama.cpp", reason=f"reads GGUF: pyfold export {at} {gguf} --to gguf")
     if profile == "stock":
         return [
             Engine("transformers", f"{serve} {at}"),
-            Engine("vLLM", f"vllm serve {at}"),
-            Engine("SGLang", f"python -m sglang.launch_server --model-path {at}"),
-            Engine("TensorRT-LLM", f"trtllm-serve {at}"),
+            Engine("vLLM", f"vllm serve {at}" + (f" --tensor-parallel-size {tp}" if tp else "")),
+            Engine("SGLang", f"python -m sglang.launch_server --model-path {at}" + (f" --tp {tp}" if tp else "")),
+            Engine("TensorRT-LLM", f"trtllm-serve {at}" + (f" --tp_size {tp}" if tp else "")),
             convert,
         ]
-    reason = "wants one width for all layers: fold with --ratio or --width alone"
+    stock = shlex.quote(f"{path}-stock")
+    reason = f"wants layers of one width: pyfold export {at} {stock} --to hf-stock"
     return [
         Engine("transformers", f"{serve} {at} --trust-remote-code"),
         *(Engine(name, reason=reason) for name in ("vLLM", "SGLang", "TensorRT-LLM")),

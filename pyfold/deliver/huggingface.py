@@ -8,7 +8,7 @@ from typing import Any
 
 from pyfold import __version__
 from pyfold.errors import PyfoldError
-from pyfold.families import Family
+from pyfold.families import FAMILIES, Family
 from pyfold.families.attention import KV_HEADS, QUERY_HEADS
 from pyfold.io.checkpoint import Checkpoint
 from pyfold.plan import Plan
@@ -125,7 +125,7 @@ def patched_config(checkpoint: Checkpoint, family: Family, plan: Plan, dtype: st
     overrides = {layer: values for layer, values in overrides.items() if values}
     own = f"Folded{family.class_prefix}"
     config.pop(_READS_GLOBAL, None)
-    if family.checks_heads and any(QUERY_HEADS in values for values in overrides.values()):
+    if family.any_heads and any(QUERY_HEADS in values for values in overrides.values()):
         config[_READS_GLOBAL] = True  # what it checks is the number of no layer in particular
     if overrides:
         named = [name for name in config.get("architectures") or [] if not str(name).endswith("ForCausalLM")]
@@ -137,13 +137,40 @@ def patched_config(checkpoint: Checkpoint, family: Family, plan: Plan, dtype: st
         config["per_layer_config"] = {str(layer): values for layer, values in overrides.items()}
         config["architectures"] = [f"{own}ForCausalLM"]
         config["auto_map"] = {**config.get("auto_map", {}), **_auto_map(family)}
-    elif config.get("architectures") == [f"{own}ForCausalLM"]:  # a per-layer source folded to one width
-        config["architectures"] = [f"{family.class_prefix}ForCausalLM"]
+    else:
+        config = _stock(config, family, checkpoint.path)
+    if dtype != "keep":
+        config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    return config
+
+
+def stock_config(checkpoint: Checkpoint, family: Family, settings: dict[str, int]) -> dict[str, Any]:
+    """The source's config with ``settings`` for all layers, and no code of pyfold's."""
+    config = dict(checkpoint.config) | settings
+    config.pop("per_layer_config", None)
+    config.pop(_READS_GLOBAL, None)
+    return _stock(config, family, checkpoint.path)
+
+
+def _stock(config: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
+    """Without the classes of a per-layer source; of another model type, which computes the same, where the heads need it."""
+    prefix = family.class_prefix
+    if config.get("architectures") == [f"Folded{prefix}ForCausalLM"]:
+        config["architectures"] = [f"{prefix}ForCausalLM"]
         config["auto_map"] = {key: value for key, value in config.get("auto_map", {}).items() if key not in _auto_map(family)}
         if not config["auto_map"]:
             del config["auto_map"]
-    if dtype != "keep":
-        config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    heads = config.get(QUERY_HEADS)
+    if family.any_heads and heads and config["hidden_size"] % heads:
+        other = FAMILIES[family.any_heads]
+        if config.get("attention_bias") or config.get("mlp_bias"):
+            raise PyfoldError(
+                f"{path / 'config.json'}: {heads} query heads do not divide a hidden_size of {config['hidden_size']}, which "
+                f"{prefix}Config asks for, and {other.class_prefix} has no biases; fold some of the layers' heads, or others"
+            )
+        config |= {"model_type": other.model_type, "sliding_window": None}
+        names = config.get("architectures") or [f"{prefix}ForCausalLM"]
+        config["architectures"] = [name.replace(prefix, other.class_prefix, 1) for name in names]
     return config
 
 

@@ -15,7 +15,7 @@ __all__ = ["FAMILIES", "Family", "FoldGroup", "family_of"]
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        DecoderFamily("llama", "Llama", "llama", checks_heads=True),
+        DecoderFamily("llama", "Llama", "llama", any_heads="mistral"),
         DecoderFamily("mistral", "Mistral", "llama"),
         DecoderFamily("qwen2", "Qwen2", "qwen2"),
         DecoderFamily("qwen3", "Qwen3", "qwen3"),

@@ -69,8 +69,9 @@ class Family(Protocol):
         """What llama.cpp calls the architecture."""
 
     @property
-    def checks_heads(self) -> bool:
-        """Whether its config in transformers wants num_attention_heads to divide hidden_size."""
+    def any_heads(self) -> str:
+        """Where its config in transformers wants num_attention_heads to divide hidden_size: the model type that computes the
+        same, without biases, and takes any number."""
 
     def fold_groups(self, checkpoint: Checkpoint) -> list[FoldGroup]:
         """Every fold group of a checkpoint, in layer order; shapes checked against config.json."""

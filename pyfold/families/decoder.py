@@ -26,7 +26,7 @@ class DecoderFamily:
     model_type: str
     class_prefix: str
     gguf: str
-    checks_heads: bool = False
+    any_heads: str = ""
 
     def fold_groups(self, checkpoint: Checkpoint) -> list[FoldGroup]:
         config_path = checkpoint.path / "config.json"
