@@ -14,7 +14,7 @@ from scipy.cluster.hierarchy import linkage
 from torch import Tensor, nn
 
 from pyfold.modules import folding, repair
-from pyfold.modules.fold import _targets, _widths_for, merge
+from pyfold.modules.fold import _targets, _widths_for, merge, norms
 from pyfold.modules.groups import UnitGroup, moved, unit_groups
 from pyfold.modules.modes import evaluating
 from pyfold.modules.units import Axis, Traced, trace
@@ -63,7 +63,12 @@ def prune(units: Units, target_params: int, norm: int, images: Tensor | None, *,
             prefix = axis.name.rpartition(".")[0]
             bias = rows_only.get(f"{prefix}.bias")
             targets[prefix] = repair.Target(rows_only[axis.name], bias, axis.name in normalised or bias is not None)
-    return _repaired(units.module, out, targets, images)
+    left = {}
+    for each in traced.normalisations:
+        if (stays := kept.get(Axis(each.mean, 0))) is not None:
+            to = torch.where(stays, stays.long().cumsum(0) - 1, -1)
+            left[each.mean.rpartition(".")[0]] = repair.Norm(to, torch.ones(len(to)))
+    return _repaired(units.module, out, targets, images, left)
 
 
 def merge_features(units: Units, target_params: int, images: Tensor | None, *, compensate: bool = True) -> nn.Module:
@@ -78,7 +83,7 @@ def merge_features(units: Units, target_params: int, images: Tensor | None, *, c
     out = merge(units.module, units.traced, units.groups, labels, closed_form=False)
     where = moved(units.traced, units.groups, labels)
     targets = _targets(units.module, units.traced, units.state, where)[0] if compensate else {}
-    return _repaired(units.module, out, targets, images)
+    return _repaired(units.module, out, targets, images, norms(units.traced, units.state, where))
 
 
 def _nearest_pairs(features: Tensor, k: int) -> Tensor:
@@ -96,8 +101,14 @@ def _nearest_pairs(features: Tensor, k: int) -> Tensor:
     return labels
 
 
-def _repaired(module: nn.Module, out: nn.Module, targets: dict[str, repair.Target], images: Tensor | None) -> nn.Module:
+def _repaired(
+    module: nn.Module,
+    out: nn.Module,
+    targets: dict[str, repair.Target],
+    images: Tensor | None,
+    norms: dict[str, repair.Norm],
+) -> nn.Module:
     if images is not None:
         with evaluating(module), evaluating(out):
-            repair.regress(module, out, targets, images)
+            repair.regress(module, out, targets, images, norms)
     return out

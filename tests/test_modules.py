@@ -22,6 +22,16 @@ from pyfold.modules.groups import unit_groups
 from pyfold.modules.units import trace
 
 
+def remember(module: nn.Module, x: Tensor) -> None:
+    """Statistics of x in every BatchNorm."""
+    for each in module.modules():
+        if isinstance(each, nn.modules.batchnorm._BatchNorm):
+            each.reset_running_stats()
+            each.momentum = None
+    module.train()(x)
+    module.eval()
+
+
 class Residual(nn.Module):
     """A convolutional network of any blocks."""
 
@@ -187,7 +197,7 @@ def test_merged_channels_have_variance_one_on_white_inputs() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(4, 6, 1, bias=False), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)).eval()
     x = torch.randn(64, 4, 32, 32)
-    repair.reestimate(module, x)
+    remember(module, x)
     traced = trace(module, (x[:1],))
     groups, _ = unit_groups(traced)
     labels = {0: torch.tensor([0, 1, 0, 2, 2, 2])}
@@ -213,13 +223,13 @@ def test_a_stream_keeps_the_variance_that_it_will_have() -> None:
     torch.manual_seed(0)
     module = Preactivation().eval()
     x = torch.randn(64, 4, 32, 32)
-    repair.reestimate(module, x)
+    remember(module, x)
     traced = trace(module, (x[:1],))
     groups, _ = unit_groups(traced)
     assert [group.name for group in groups] == ["a+b"]
     folded = merge(module, traced, groups, {0: torch.tensor([0, 1, 0, 2, 2, 2])}, closed_form=True)
     remembered = folded.norm.running_var.clone()
-    repair.reestimate(folded, x)
+    remember(folded, x)
     assert torch.allclose(remembered, folded.norm.running_var, rtol=0.05)
 
 
@@ -456,6 +466,28 @@ def test_regression_on_data_that_determines_it() -> None:
     target = repair.Target(module[1].weight.detach(), module[1].bias.detach(), True)
     repair.regress(module, folded, {"1": target}, x, ridge=1e-9)
     assert torch.allclose(folded(x), module(x), atol=2e-3)
+
+
+def test_what_is_odd_about_images_cancels() -> None:
+    """Images that are brighter than, and half as varied as, those of training: what folding did not touch is as it was, and
+    what it did touch remembers what it does on images like those of training."""
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        *[nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.Conv2d(12, 4, 3)]
+    )
+    x = torch.randn(64, 3, 12, 12)
+    remember(module, x)
+    folded, _ = pyfold.fold_model(
+        module, ratio=0.5, example_inputs=x[:1], layers="2", repair="data", data=0.5 * x + 0.3, compensate=False
+    )
+    assert torch.allclose(folded[1].running_mean, module[1].running_mean, atol=1e-5)
+    assert torch.allclose(folded[1].running_var, module[1].running_var, rtol=1e-3)
+    mean, var = folded[3].running_mean.clone(), folded[3].running_var.clone()
+    assert not torch.allclose(mean, module[3].running_mean[:6], atol=1e-2)
+    expected = copy.deepcopy(folded)
+    remember(expected, x)
+    assert torch.allclose(mean, expected[3].running_mean, atol=1e-2)
+    assert torch.allclose(var, expected[3].running_var, rtol=1e-2)
 
 
 def test_groups_cluster_together_as_they_do_alone() -> None:

@@ -119,7 +119,7 @@ def fold_model(
             targets, left_out = _targets(module, traced, state, where) if compensate else ({}, [])
             notes += left_out
             with evaluating(module), evaluating(folded):
-                repairs.regress(module, folded, targets, images, progress=show)
+                repairs.regress(module, folded, targets, images, norms(traced, state, where), progress=show)
     report = _report(module, folded, groups, clusters, notes, time.perf_counter() - began, backend)
     return folded, report
 
@@ -261,6 +261,17 @@ def _targets(
         else:
             notes.append(f"not regressed: {prefix}: only nn.Linear, and nn.Conv2d without groups, are")
     return targets, notes
+
+
+def norms(traced: Traced, state: folding.State, where: dict[Axis, Tensor]) -> dict[str, repairs.Norm]:
+    """Of BatchNorms whose channels were folded: what became of them."""
+    found = {}
+    for each in traced.normalisations:
+        if (to := where.get(Axis(each.mean, 0))) is not None:
+            own = each.producer is not None and each.producer.rows in where
+            factor = folding.row_factors(state, each, to) if own else torch.ones(len(to))
+            found[each.mean.rpartition(".")[0]] = repairs.Norm(to, factor)
+    return found
 
 
 def _tensor_of(data: Tensor | Iterable[Any]) -> Tensor:

@@ -47,8 +47,7 @@ def normalised_rows(traced: Traced, state: State, where: Mapping[Axis, Tensor]) 
             continue
         to = where[producer.rows]
         joined = to.bincount()[to] > 1
-        common, part = _gains(state, each, to)
-        factor = torch.where(joined, part / deviation(state, each), 1.0)
+        common, factor = _gains(state, each, to)[0], row_factors(state, each, to)
         rows = state[producer.rows.name].float()
         state[producer.rows.name] = rows * factor.view(-1, *[1] * (rows.dim() - 1))
         for name in (producer.bias, each.mean):
@@ -58,6 +57,11 @@ def normalised_rows(traced: Traced, state: State, where: Mapping[Axis, Tensor]) 
         if each.weight is not None:
             state[each.weight] = torch.where(joined, common, state[each.weight].float())
     return state
+
+
+def row_factors(state: State, each: Normalisation, to: Tensor) -> Tensor:
+    """(N,): what ``normalised_rows`` multiplies the rows by that a BatchNorm reads, for units that go ``to`` one another."""
+    return torch.where(to.bincount()[to] > 1, _gains(state, each, to)[1] / deviation(state, each), 1.0)
 
 
 def _gains(state: State, each: Normalisation, to: Tensor) -> tuple[Tensor, Tensor]:
