@@ -99,6 +99,10 @@ def _fold(args: argparse.Namespace) -> None:
     from pyfold.pipeline import fold_checkpoint
     from pyfold.report import summary
 
+    def planned(profile: str) -> None:
+        if not args.quiet and not args.json:
+            _print_engines(profile, Path(args.destination))
+
     return_memory_at_once()
     with _progress_bar(args, "B") as progress:
         report = fold_checkpoint(
@@ -110,6 +114,7 @@ def _fold(args: argparse.Namespace) -> None:
             trace=args.trace,
             ray=args.ray,
             progress=progress,
+            planned=planned,
         )
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))
@@ -235,13 +240,18 @@ def _eval(args: argparse.Namespace) -> None:
         picture.draw(rows)
 
 
-def _export(args: argparse.Namespace) -> None:
+def _print_engines(profile: str, path: Path, tp: int | None = None) -> None:
+    """Before a weight is read: what will serve the result, by which command, and what will not, and why."""
     from pyfold.deliver.engines import engines, lines
+
+    print(f"profile {profile}, to be served by", *lines(engines(profile, path, tp)), sep="\n  ", end="\n\n", flush=True)
+
+
+def _export(args: argparse.Namespace) -> None:
     from pyfold.export import export_checkpoint
 
     if not args.quiet and not args.json:
-        profile = args.to.removeprefix("hf-")
-        print("\n".join(lines(engines(profile, Path(args.destination), args.tp))), flush=True)
+        _print_engines(args.to.removeprefix("hf-"), Path(args.destination), args.tp)
     with _progress_bar(args, "B") as progress:
         report = export_checkpoint(
             args.source,

@@ -75,6 +75,7 @@ def fold_checkpoint(
     trace: str | Path | None = None,
     ray: Literal[True] | str | None = None,
     progress: Progress | None = None,
+    planned: Callable[[str], None] | None = None,
 ) -> FoldReport:
     """Fold the feed-forward layers of a checkpoint, and heads if asked to, and write a smaller one.
 
@@ -138,6 +139,8 @@ def fold_checkpoint(
         each task.
     progress : callable, optional
         Called as ``progress(done, total, what)``: bytes of source weights, or what ``what`` names behind a comma.
+    planned : callable, optional
+        Called with the profile of the result, ``stock`` or ``per-layer``, before a weight is read.
 
     Returns
     -------
@@ -204,6 +207,9 @@ def fold_checkpoint(
     with Trace(trace) as timeline, Destination(Path(dst), sources, overwrite=overwrite, n_bytes=n_bytes) as stage:
         seen = None
         stage.check(_identity(prepared, stamps))
+        if planned:
+            alike = prepared.plan.uniform and (allocate == "uniform" or profile == "stock")
+            planned("stock" if alike else "per-layer")
         if prepared.text not in (None, "none"):
             with prepared.processor.at_work():
                 seen, prepared = _see(prepared, str(calibration), Path(dst).absolute(), stamps, seed, progress)

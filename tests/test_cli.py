@@ -46,6 +46,9 @@ def test_fold_prints_what_it_did_and_how_to_load_it(source: Path, tmp_path: Path
     assert f'AutoModelForCausalLM.from_pretrained("{tmp_path / "dst"}", trust_remote_code=True)' in done.stdout
     uniform = run_cli("fold", source, tmp_path / "uniform", "--ratio", "0.25")
     assert "stock: all layers alike" in uniform.stdout
+    assert done.stdout.startswith("profile per-layer, to be served by\n  transformers ")
+    assert f"cannot: wants layers of one width: pyfold export {tmp_path / 'dst'} " in done.stdout
+    assert f"vllm serve {tmp_path / 'uniform'}" in uniform.stdout.partition("width")[0]
     assert f'AutoModelForCausalLM.from_pretrained("{tmp_path / "uniform"}")' in uniform.stdout
 
 

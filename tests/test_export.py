@@ -284,7 +284,7 @@ def test_what_no_zeros_make_alike(tmp_path: Path) -> None:
     assert f"vllm serve {out} --tensor-parallel-size 2" in done.stdout
     assert json.loads((out / "config.json").read_text())["intermediate_size"] == 256
     done = run_cli("export", source, out, "--to", "hf-stock")
-    assert (done.returncode, done.stdout.count("\n")) == (2, 5)
+    assert (done.returncode, done.stdout.count("\n")) == (2, 7)
     assert "is not empty" in done.stderr
     done = run_cli("export", source, out, "--to", "hf-stock", "--overwrite", "--json")
     assert json.loads(done.stdout)["notes"] == ["48 is no multiple of 256, which engines like: --multiple-of 256, or --tp N"]
@@ -343,7 +343,7 @@ def test_command_line(tmp_path: Path) -> None:
     folder, file = byte_level(tiny_checkpoint(tmp_path / "tiny")), tmp_path / "a model.gguf"
     done = run_cli("export", folder, file, "--to", "gguf", "--dtype", "q8_0")
     assert done.returncode == 0, done.stderr
-    assert f"llama-server -m '{file}'" in done.stdout.splitlines()[0]
+    assert f"llama-server -m '{file}'" in done.stdout.splitlines()[1]
     assert "note: 3 matrices, as model.layers.0.mlp.down_proj.weight, are F16" in done.stdout
     done = run_cli("export", folder, file, "--to", "gguf")
     assert (done.returncode, done.stderr) == (2, f"pyfold: {file}: exists; --overwrite replaces it\n")
