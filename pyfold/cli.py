@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyfold import __version__
 from pyfold.errors import PyfoldError
+from pyfold.recipe import WIDTHS, read_recipe, recipe_text
 
 if TYPE_CHECKING:
     from pyfold.progress import Progress
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
+        if getattr(args, "recipe", None) is not None:
+            args = _with_recipe(args, argv)
         args.run(args)
         sys.stdout.flush()
         return 0
@@ -84,9 +87,23 @@ def _how_to_go_on(args: argparse.Namespace) -> str:
 
 
 def _widths(args: argparse.Namespace) -> dict[str, Any]:
-    """What says how much goes; a default ratio gives way."""
-    given = {"width": args.width, "target_params": args.target_params, "target_bytes": args.target_bytes}
-    return given | {"ratio": args.ratio if all(value is None for value in given.values()) else None}
+    """What says how much goes."""
+    given = {name: getattr(args, name) for name in WIDTHS}
+    if all(value is None for value in given.values()):
+        if args.ratio_by_default is None:
+            raise PyfoldError("how much is to go? give --ratio, --width, --target-params, --target-bytes, or --recipe")
+        given["ratio"] = args.ratio_by_default
+    return given
+
+
+def _with_recipe(args: argparse.Namespace, argv: Sequence[str] | None) -> argparse.Namespace:
+    """What the flags do not say is as the recipe has it."""
+    recipe = read_recipe(args.recipe)
+    if any(getattr(args, name) is not None for name in WIDTHS):
+        if isinstance(recipe.get("ratio"), dict) and args.layers is None:
+            raise PyfoldError(f"{args.recipe}: its ratio says which layers; with another width, name them by --layers")
+        recipe = {name: value for name, value in recipe.items() if name not in WIDTHS}
+    return _parser(recipe).parse_args(argv)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -98,6 +115,10 @@ def _fold(args: argparse.Namespace) -> None:
     from pyfold.budget import return_memory_at_once
     from pyfold.pipeline import fold_checkpoint
     from pyfold.report import summary
+
+    if args.print_recipe:
+        print(recipe_text({**vars(args), **_widths(args)}), end="")
+        return
 
     def planned(profile: str) -> None:
         if not args.quiet and not args.json:
@@ -296,7 +317,8 @@ def _progress_bar(args: argparse.Namespace, unit: str) -> Iterator[Progress | No
         yield show
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(defaults: dict[str, Any] | None = None) -> argparse.ArgumentParser:
+    """``defaults``: of options of a fold and its plan."""
     parser = argparse.ArgumentParser(
         prog="pyfold",
         description="Make a trained network smaller without data or fine-tuning: fold similar units into one.",
@@ -318,6 +340,8 @@ def _parser() -> argparse.ArgumentParser:
     _width_options(fold, required=True)
     fold.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights, as in 5GB (default)")
     fold.add_argument("--overwrite", action="store_true", help="replace the checkpoint at DST once the new one is complete")
+    _recipe_option(fold)
+    fold.add_argument("--print-recipe", action="store_true", help="print what the options ask for as a recipe, and do nothing")
     _run_options(fold)
     _metric_options(fold)
     fold.add_argument(
@@ -346,6 +370,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("source", metavar="SRC", help="checkpoint folder or Hugging Face model id")
     plan.add_argument("destination", metavar="DST", nargs="?", help="folder that the fold would write")
     _width_options(plan, required=False)
+    _recipe_option(plan)
     _run_options(plan)
     _metric_options(plan)
     plan.add_argument(
@@ -437,16 +462,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     _common_options(evaluate)
     evaluate.set_defaults(run=_eval)
+    for command in (fold, plan):
+        command.set_defaults(**(defaults or {}))
     return parser
 
 
 def _width_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    width = parser.add_mutually_exclusive_group(required=required)
-    default = None if required else 0.2
+    width = parser.add_mutually_exclusive_group()
+    parser.set_defaults(ratio_by_default=None if required else 0.2)
     width.add_argument(
         "--ratio",
         type=float,
-        default=default,
         metavar="R",
         help="share of the units of each folded group to remove, 0 <= R < 1" + ("" if required else " (default 0.2)"),
     )
@@ -455,6 +481,15 @@ def _width_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
     width.add_argument("--target-bytes", metavar="SIZE", help="bytes that its weights may take at most, as in 220MB")
     parser.add_argument("--layers", metavar="LIST", help="layers to fold, as in 5-27 or 0,2,5-9 (default: all)")
     parser.add_argument("--multiple-of", type=int, metavar="M", help="round each width to the nearest multiple of M")
+
+
+def _recipe_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--recipe",
+        metavar="FILE.yaml",
+        help="options from a file, as --print-recipe writes them; ratio may be by layers there, as in {0-9: 0.1, 10-29: 0.3}. "
+        "Options given beside it are taken instead of its own",
+    )
 
 
 def _metric_options(parser: argparse.ArgumentParser) -> None:

@@ -34,7 +34,7 @@ from pyfold.io.destination import Destination
 from pyfold.io.output import Output
 from pyfold.io.safetensors import TensorInfo
 from pyfold.jobs import Finished, make_jobs, run_jobs
-from pyfold.plan import Plan, least_parameters, make_plan, parse_size
+from pyfold.plan import Plan, least_parameters, make_plan, parse_size, ratios_by_layer
 from pyfold.processor import Processor
 from pyfold.progress import Progress
 from pyfold.report import FoldReport, GpuReport, GroupReport, peak_rss_bytes, rss_bytes
@@ -52,7 +52,7 @@ def fold_checkpoint(
     src: str | Path,
     dst: str | Path,
     *,
-    ratio: float | None = None,
+    ratio: float | Mapping[str, float] | None = None,
     width: int | None = None,
     target_params: int | str | None = None,
     target_bytes: int | str | None = None,
@@ -85,8 +85,9 @@ def fold_checkpoint(
         A checkpoint folder (safetensors or pytorch_model.bin) or a Hugging Face model id.
     dst : str or Path
         Folder to write; must be absent or empty unless ``overwrite``.
-    ratio : float, optional
-        Share of the units of each folded group to remove, in [0, 1): K = floor((1 - ratio) N).
+    ratio : float or dict of str to float, optional
+        Share of the units of each folded group to remove, in [0, 1): K = floor((1 - ratio) N). Or such shares by layers, as in
+        ``{"5-9": 0.1, "10-27": 0.3}``; the other layers are left.
     width : int, optional
         Instead of ``ratio``: units to keep in each folded group.
     target_params, target_bytes : int or str, optional
@@ -287,7 +288,7 @@ class Prepared:
 def prepare(
     src: str | Path,
     *,
-    ratio: float | None,
+    ratio: float | Mapping[str, float] | None,
     width: int | None,
     target_params: int | str | None = None,
     target_bytes: int | str | None = None,
@@ -349,13 +350,22 @@ def prepare(
         raise PyfoldError("gpu_memory: needs device cuda, got device cpu")
     checkpoint = open_checkpoint(src)
     family = family_of(checkpoint)
+    groups = family.fold_groups(checkpoint)
+    share: float | dict[int, float] | None
+    if isinstance(ratio, Mapping):
+        if layers is not None:
+            raise PyfoldError("layers: a ratio by layers says which already; give one of them")
+        share = ratios_by_layer(ratio, len(groups))
+        layers = list(share)
+    else:
+        share = None if ratio is None else float(ratio)
     planned = partial(
         make_plan,
         checkpoint,
-        family.fold_groups(checkpoint),
+        groups,
         family.attention(checkpoint) if heads_ratio or attention.differ(checkpoint.config) else [],
         heads_ratio=heads_ratio,
-        ratio=ratio,
+        ratio=share,
         width=width,
         target_params=target_params,
         target_bytes=target_bytes,
@@ -375,7 +385,7 @@ def prepare(
     if profile == "stock" and not plan.uniform:
         raise PyfoldError("profile: stock is one width, and one number of heads, for all layers; fold all of them alike")
     options: dict[str, Any] = {
-        "ratio": None if ratio is None else float(ratio),
+        "ratio": {str(layer): one for layer, one in share.items()} if isinstance(share, dict) else share,
         "width": width,
         **{what: parse_size(given, what) for what, given in targets.items() if given is not None},
         "layers": [group.layer for group, _ in plan.groups],

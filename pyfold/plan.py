@@ -77,7 +77,7 @@ def make_plan(
     groups: list[FoldGroup],
     attention: list[Attention] | None = None,
     *,
-    ratio: float | None = None,
+    ratio: float | Mapping[int, float] | None = None,
     heads_ratio: float = 0,
     width: int | None = None,
     target_params: int | str | None = None,
@@ -88,7 +88,8 @@ def make_plan(
     dtype: str,
     max_shard_size: int | str,
 ) -> Plan:
-    """Options and headers -> a plan. Arguments as in :func:`pyfold.fold_checkpoint`; ``widths``: of each layer that is folded.
+    """Options and headers -> a plan. Arguments as in :func:`pyfold.fold_checkpoint`; ``widths``, and ``ratio`` if it is a
+    mapping: of each layer that is folded.
 
     Raises
     ------
@@ -116,7 +117,8 @@ def make_plan(
             exact = rounded = widths[group.layer]
         else:
             share = None if room is None else Fraction(room, sum(_parameters(checkpoint, group) for group in folded))
-            exact = rounded = target_width(group, ratio, width, share)
+            own = ratio[group.layer] if isinstance(ratio, Mapping) else ratio
+            exact = rounded = target_width(group, own, width, share)
             if multiple_of is not None:
                 rounded = round_to_multiple(exact, multiple_of, group)
             if share is not None and rounded > exact:  # a target is not to be passed
@@ -245,6 +247,19 @@ def parse_layers(layers: str | Iterable[int] | None, n_layers: int) -> list[int]
         found = f"there is no layer {unknown[0]}" if unknown else "none were given"
         raise PyfoldError(f"layers: {found}; this model has layers 0 to {n_layers - 1}")
     return sorted(chosen)
+
+
+def ratios_by_layer(ratio: Mapping[str, float], n_layers: int) -> dict[int, float]:
+    """``{"0-9": 0.1, "10,12": 0.3}`` -> the ratio of each layer that is folded."""
+    found: dict[int, float] = {}
+    for layers, share in ratio.items():
+        for layer in parse_layers(str(layers), n_layers):
+            if layer in found:
+                raise PyfoldError(f"ratio: layer {layer} is there twice, the second time in '{layers}'")
+            found[layer] = float(share)
+    if not found:
+        raise PyfoldError("ratio: expected a number, or numbers by layers, got none")
+    return dict(sorted(found.items()))
 
 
 def parse_size(size: int | str, what: str = "max_shard_size") -> int:
