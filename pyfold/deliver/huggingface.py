@@ -138,7 +138,7 @@ def patched_config(checkpoint: Checkpoint, family: Family, plan: Plan, dtype: st
         config["architectures"] = [f"{own}ForCausalLM"]
         config["auto_map"] = {**config.get("auto_map", {}), **_auto_map(family)}
     else:
-        config = _stock(config, family, checkpoint.path)
+        config = _stock(config, family, checkpoint.path, config[QUERY_HEADS] if plan.heads else None)
     if dtype != "keep":
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     return config
@@ -149,18 +149,18 @@ def stock_config(checkpoint: Checkpoint, family: Family, settings: dict[str, int
     config = dict(checkpoint.config) | settings
     config.pop("per_layer_config", None)
     config.pop(_READS_GLOBAL, None)
-    return _stock(config, family, checkpoint.path)
+    return _stock(config, family, checkpoint.path, settings.get(QUERY_HEADS))
 
 
-def _stock(config: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
-    """Without the classes of a per-layer source; of another model type, which computes the same, where the heads need it."""
+def _stock(config: dict[str, Any], family: Family, path: Path, heads: int | None) -> dict[str, Any]:
+    """Without the classes of a per-layer source; of another model type, which computes the same, where ``heads``, a number that
+    is new, need it."""
     prefix = family.class_prefix
     if config.get("architectures") == [f"Folded{prefix}ForCausalLM"]:
         config["architectures"] = [f"{prefix}ForCausalLM"]
         config["auto_map"] = {key: value for key, value in config.get("auto_map", {}).items() if key not in _auto_map(family)}
         if not config["auto_map"]:
             del config["auto_map"]
-    heads = config.get(QUERY_HEADS)
     if family.any_heads and heads and config["hidden_size"] % heads:
         other = FAMILIES[family.any_heads]
         if config.get("attention_bias") or config.get("mlp_bias"):

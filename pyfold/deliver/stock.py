@@ -17,6 +17,7 @@ from torch import Tensor
 from pyfold.deliver import huggingface
 from pyfold.errors import PyfoldError
 from pyfold.families import family_of
+from pyfold.families.attention import differ
 from pyfold.io.checkpoint import Checkpoint, read_json
 
 LIKED = 256  # what engines like widths to be a multiple of
@@ -63,7 +64,7 @@ def padded(checkpoint: Checkpoint, multiple_of: int | None, tensor_parallel: int
     for each in attention:
         shapes |= {name: each.shape_at(heads, name, shapes[name]) for name in each.names}
     settings = {groups[0].width_key: width}
-    if len({each.n_groups for each in attention}) > 1:
+    if differ(checkpoint.config):
         settings |= attention[0].config(heads) | {"head_dim": attention[0].head_dim}
     found = Padded(huggingface.stock_config(checkpoint, family, settings), shapes, [])
     before = _folded_from(checkpoint.path)
