@@ -314,12 +314,27 @@ def test_bad_input(tmp_path: Path) -> None:
     for values, message in [
         ({"hidden_act": "gelu"}, "SiLU for hidden_act, got 'gelu'"),
         ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope type 'longrope'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "expected a positive number for factor, got None"),
+        ({"rope_parameters": [1]}, r"expected a dict for rope_parameters, got \[1\]"),
+        ({"max_position_embeddings": "many"}, "expected a positive number for max_position_embeddings, got 'many'"),
+        ({"rms_norm_eps": None}, "expected a positive number for rms_norm_eps, got None"),
         ({"tie_word_embeddings": False, "vocab_size": 64}, None),
     ]:
         _set(folder, **values)
         if message:
             fails(message)
         (folder / "config.json").write_text(json.dumps(whole))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    for values, message in [
+        ({"model": {"type": "BPE"}}, "not a tokenizer that pyfold can write to GGUF"),
+        ({"model": {"type": "Unigram"}}, "llama.cpp reads BPE tokenizers, got 'Unigram'"),
+        ({"added_tokens": [{"content": "x", "id": 64, "special": True}]}, "token 64 has no embedding: there are 64"),
+        ({"added_tokens": 3}, "not a tokenizer that pyfold can write to GGUF"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre-tokenizer is none of those"),
+    ]:
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer | values))
+        fails(message)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     file, _ = export(folder, tmp_path)
     with pytest.raises(ValueError, match="exists; --overwrite replaces it"):
         export(folder, tmp_path)

@@ -192,9 +192,9 @@ def _metadata(writer: Any, model: Model) -> None:
     if act not in ("silu", "swish"):
         raise PyfoldError(f"{file}: llama.cpp's '{architecture}' has SiLU for hidden_act, got '{act}'")
     writer.add_name(str(checkpoint.hub_id or checkpoint.path.resolve().name))
-    length = int(config.get("max_position_embeddings", 2048))
-    if window := config.get("sliding_window") if config.get("use_sliding_window", True) else None:
-        length = min(length, int(window))
+    length = int(_number(checkpoint, config, "max_position_embeddings", 2048))
+    if config.get("sliding_window") is not None and config.get("use_sliding_window", True):
+        length = min(length, int(_number(checkpoint, config, "sliding_window", length)))
     writer.add_context_length(length)
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(len(attention))
@@ -207,24 +207,36 @@ def _metadata(writer: Any, model: Model) -> None:
     writer.add_key_length(attention[0].head_dim)
     writer.add_value_length(attention[0].head_dim)
     writer.add_rope_dimension_count(attention[0].head_dim)
-    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))
+    writer.add_layer_norm_rms_eps(_number(checkpoint, config, "rms_norm_eps", 1e-6))
     kind, values, theta = _rope(checkpoint)
     writer.add_rope_freq_base(theta)
     if kind not in ("default", "linear", "yarn", "llama3") or (kind == "llama3" and architecture not in _TURNS_NEIGHBOURS):
         raise PyfoldError(f"{file}: rope type '{kind}' is not one that pyfold writes for llama.cpp's '{architecture}'")
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
-        writer.add_rope_scaling_factor(float(values["factor"]))
+        writer.add_rope_scaling_factor(_number(checkpoint, values, "factor"))
     if kind == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(int(values.get("original_max_position_embeddings", length)))
+        writer.add_rope_scaling_orig_ctx_len(int(_number(checkpoint, values, "original_max_position_embeddings", length)))
 
 
 def _rope(checkpoint: Checkpoint) -> tuple[str, dict[str, Any], float]:
     """What config.json says of the rotary embedding, in either spelling: its type, all of it, and θ."""
     config = checkpoint.config
-    values = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = float(values.get("rope_theta", config.get("rope_theta", 10000.0)))
-    return values.get("rope_type", values.get("type", "default")), values, theta
+    values: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(given := config.get(key) or {}, dict):
+            raise PyfoldError(f"{checkpoint.path / 'config.json'}: expected a dict for {key}, got {given!r:.60}")
+        values |= given
+    theta = _number(checkpoint, {**config, **values}, "rope_theta", 10000.0)
+    return str(values.get("rope_type", values.get("type", "default"))), values, theta
+
+
+def _number(checkpoint: Checkpoint, config: dict[str, Any], key: str, default: float | None = None) -> float:
+    """A positive number of config.json."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1 << 31:
+        raise PyfoldError(f"{checkpoint.path / 'config.json'}: expected a positive number for {key}, got {value!r:.60}")
+    return float(value)
 
 
 def _rope_factors(model: Model) -> np.ndarray | None:
@@ -234,15 +246,24 @@ def _rope_factors(model: Model) -> np.ndarray | None:
         return None
     d = model.attention[0].head_dim
     plain = theta ** (-np.arange(0, d, 2) / d)
-    factor = float(values["factor"])
-    low, high = float(values["low_freq_factor"]), float(values["high_freq_factor"])
-    turns = float(values["original_max_position_embeddings"]) * plain / (2 * np.pi)  # over the length trained on
+    needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    factor, low, high, length = (_number(model.checkpoint, values, key) for key in needed)
+    turns = length * plain / (2 * np.pi)  # over the length trained on
     mixed = np.clip((turns - low) / (high - low), 0, 1)
     return (1 / ((1 - mixed) / factor + mixed)).astype(np.float32)
 
 
 def _vocabulary(writer: Any, checkpoint: Checkpoint, prefix: str) -> None:
     file = checkpoint.path / "tokenizer.json"
+    try:
+        _write_vocabulary(writer, checkpoint, prefix, file)
+    except PyfoldError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise PyfoldError(f"{file}: not a tokenizer that pyfold can write to GGUF ({type(error).__name__}: {error})") from None
+
+
+def _write_vocabulary(writer: Any, checkpoint: Checkpoint, prefix: str, file: Path) -> None:
     if not file.is_file():
         raise PyfoldError(
             f"{file}: missing; llama.cpp needs the vocabulary: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
