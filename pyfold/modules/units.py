@@ -5,6 +5,9 @@ each number which unit it belongs to. What only moves numbers (views, slices, co
 to the numbers, and needs no rules; what works on each number for itself makes units one where it joins them; convolutions and
 linear layers end units, along their columns, and begin new ones, along their rows. Anything else *pins* the units that come to
 it: they cannot be folded, and the reason is kept.
+
+Torch-Pruning's dependency graph, which follows autograd's functions instead, knows no channels padded on (the shortcuts of ResNets
+without parameters) and gives no reason for what it leaves out.
 """
 
 from __future__ import annotations
