@@ -6,8 +6,8 @@ to the numbers, and needs no rules; what works on each number for itself makes u
 linear layers end units, along their columns, and begin new ones, along their rows. Anything else *pins* the units that come to
 it: they cannot be folded, and the reason is kept.
 
-Torch-Pruning's dependency graph, which follows autograd's functions instead, knows no channels padded on (the shortcuts of ResNets
-without parameters) and gives no reason for what it leaves out.
+Torch-Pruning's dependency graph, which follows autograd's functions instead, knows no channels padded on (the shortcuts of
+ResNets without parameters) and gives no reason for what it leaves out.
 """
 
 from __future__ import annotations
